@@ -1,0 +1,123 @@
+"""The command line: help, one sentence for wrong input, nothing written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from typer.testing import CliRunner
+
+from turbo_lab import doctor
+from turbo_lab.cli import app
+from turbo_lab.store import Store
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with one notebook of one parameter."""
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "pyproject.toml").touch()
+    nb = nbformat.v4.new_notebook()
+    cell = nbformat.v4.new_code_cell("seed: int = 0", metadata={"tags": ["parameters"]})
+    nb.cells = [cell]
+    nb.metadata = {"kernelspec": {"name": "python3", "language": "python"}}
+    nbformat.write(nb, tmp_path / "notebooks" / "01_a.ipynb")
+    monkeypatch.setenv("TURBO_LAB_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_help_names_every_command() -> None:
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    for command in ("figures", "refresh", "train", "sample", "doctor", "bars", "artifacts"):
+        assert command in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["figures", "--profile", "fast"], "profile='fast' is not allowed: use one of 'smoke'"),
+        (["figures", "--only", "99"], "only='99' is not allowed: begin the name of a notebook"),
+        (["figures", "-p", "seed"], "parameter='seed' is not allowed: write name=value"),
+        (["figures", "-p", "seed=x"], "seed='x' is not allowed: use an integer of at least 0"),
+        (["figures", "-p", "sede=1"], "did you mean seed?"),
+        (["figures", "--jobs", "-1"], "use integers of at least 0"),
+        (["train", "teacher", "--profile", "fast"], "profile='fast' is not allowed"),
+        (["train", "teacher", "--seed", "-1"], "seed=-1 is not allowed"),
+        (["sample", "--seed", "-1"], "seed=-1 is not allowed"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_nothing_is_written(
+    empty: Path, arguments: list[str], said: str
+) -> None:
+    before = sorted(empty.rglob("*"))
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+    assert sorted(empty.rglob("*")) == before
+
+
+def test_usage_errors_end_with_2() -> None:
+    assert CliRunner().invoke(app, ["figures", "--prfile", "quick"]).exit_code == 2
+    assert CliRunner().invoke(app, ["paint"]).exit_code == 2
+
+
+def test_what_is_missing_ends_with_1(empty: Path) -> None:
+    (empty / "notebooks" / "01_a.ipynb").unlink()
+    result = CliRunner().invoke(app, ["figures"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("turbo-lab: There are no notebooks in ")
+
+
+def test_artifacts_lists_what_the_store_has(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TURBO_LAB_CACHE", str(empty / "cache"))
+
+    def make(folder: Path) -> None:
+        (folder / "note.txt").write_text("hello")
+
+    made = Store.default().get_or_make("points/note", {"seed": 0}, make)
+    result = CliRunner().invoke(app, ["artifacts"])
+    assert result.exit_code == 0
+    assert f"points/note  {made.key}" in result.output
+
+
+def test_doctor_works_offline(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("TURBO_LAB_CACHE", str(empty / "cache"))
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    began = time.monotonic()
+    found = {one.name: one for one in doctor.findings()}
+    assert time.monotonic() - began < 30
+    assert "out of reach" in found["hub"].note
+    assert "drop every figure" in found["MPLBACKEND"].note
+    assert not found["cache"].broken
+    assert not (empty / "cache").exists()
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0
+    assert "out of reach" in " ".join(result.output.split())
+
+
+def test_doctor_names_a_cache_that_cannot_be_written(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (empty / "file").touch()
+    monkeypatch.setenv("TURBO_LAB_CACHE", str(empty / "file"))  # a file in the folder's place
+    cache = next(one for one in doctor._folders() if one.name == "cache")
+    assert cache.broken
+    assert "TURBO_LAB_CACHE" in cache.note
+
+
+def test_the_command_line_starts_without_the_heavy_packages() -> None:
+    code = (
+        "import sys, turbo_lab.cli\n"
+        "print([m for m in ('torch', 'diffusers', 'matplotlib', 'papermill') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,187 @@
+"""The command line ``turbo-lab``; each command loads what it needs when it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from turbo_lab.errors import BadInput, TurboLabError
+
+
+class Spoken(TyperGroup):
+    """The commands; an error meant for a person is one sentence and an exit code, no traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command: exit code 2 for input that is not allowed, 1 for what went wrong."""
+        try:
+            return super().invoke(ctx)
+        except TurboLabError as error:
+            typer.echo(f"turbo-lab: {error}", err=True)
+            raise typer.Exit(2 if isinstance(error, BadInput) else 1) from None
+
+
+app = typer.Typer(
+    cls=Spoken,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Few-step diffusion distillation: understand it, measure it, repeat it.",
+)
+
+ProfileOption = Annotated[str, typer.Option(help="smoke (seconds), quick (minutes) or paper.")]
+OnlyOption = Annotated[
+    list[str] | None, typer.Option(help="Beginning of a notebook's name, e.g. 01; repeatable.")
+]
+JobsOption = Annotated[int, typer.Option(help="Notebooks at a time; 0 chooses.")]
+SeedOption = Annotated[int, typer.Option(help="Base seed, at least 0.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Train again what is there already.")]
+
+
+@app.command()
+def figures(
+    profile: ProfileOption = "quick",
+    only: OnlyOption = None,
+    jobs: JobsOption = 0,
+    fresh: FreshOption = False,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", "-p", help="name=value for every chosen notebook; repeatable."),
+    ] = None,
+) -> None:
+    """Run the notebooks and write every figure, the claims and executed copies."""
+    from turbo_lab import runner
+
+    values = _named_values(parameter or [], only or [])
+    if fresh:
+        values["fresh"] = True
+    _conclude(runner.run(profile=profile, only=only or [], jobs=jobs, parameters=values))
+
+
+@app.command()
+def refresh(only: OnlyOption = None, jobs: JobsOption = 0) -> None:
+    """Run the notebooks at quick and store them, cleaned and with outputs, in notebooks/."""
+    from turbo_lab import runner
+
+    _conclude(runner.refresh(only or [], jobs))
+
+
+@app.command()
+def train(
+    name: Annotated[str, typer.Argument(help="Recipe, for example teacher.")],
+    profile: ProfileOption = "quick",
+    seed: SeedOption = 0,
+    fresh: FreshOption = False,
+) -> None:
+    """Train a recipe, or find it trained: in the cache, or shipped with the package."""
+    _check_profile_and_seed(profile, seed)
+    from turbo_lab import lab
+
+    lab.train(name, profile=profile, seed=seed, fresh=fresh, progress=True)
+
+
+@app.command()
+def sample(
+    testbed: Annotated[str, typer.Option(help="Testbed, for example postcards.")] = "postcards",
+    caption: Annotated[
+        list[str] | None, typer.Option(help="What the picture shows; repeatable.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 40,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is without.")] = 4.0,
+    seed: SeedOption = 0,
+    out: Annotated[Path, typer.Option(help="The image to write.")] = Path("sample.png"),
+) -> None:
+    """Draw pictures for captions with the teacher."""
+    _check_profile_and_seed("quick", seed)
+    from turbo_lab import lab
+
+    lab.sample_images(
+        testbed=testbed,
+        captions=caption or [],
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        out=out,
+    )
+    typer.echo(str(out))
+
+
+@app.command()
+def doctor() -> None:
+    """Examine this machine: versions, threads, GPU, memory, folders, hub, what will be slow."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from turbo_lab.doctor import findings
+
+    found = findings()
+    table = Table("", "found", "note", box=None, pad_edge=False)
+    for one in found:
+        table.add_row(one.name, one.value, one.note, style="red" if one.broken else "")
+    Console().print(table)
+    raise typer.Exit(int(any(one.broken for one in found)))
+
+
+@app.command()
+def bars(
+    only: Annotated[str, typer.Option(help="Name of one bar; all if not given.")] = "",
+) -> None:
+    """Recompute every acceptance figure from the shipped artefacts; exit code 1 if one is short."""
+    from turbo_lab import bars as acceptance
+
+    raise typer.Exit(acceptance.main(only or None))
+
+
+@app.command()
+def artifacts() -> None:
+    """List the trained artefacts: those in the cache and those shipped with the package."""
+    from turbo_lab.store import Store
+
+    for entry in Store.default().entries():
+        typer.echo(f"{entry.name}  {entry.key}  {entry.bytes / 1e6:.1f} MB  {entry.root}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; always ends with SystemExit."""
+    app(args=None if arguments is None else list(arguments))
+
+
+def _named_values(pairs: Sequence[str], only: Sequence[str]) -> dict[str, Any]:
+    """Parse ``name=value`` texts by the models of the notebooks they are for."""
+    from turbo_lab import places
+    from turbo_lab.notebook_files import discover
+    from turbo_lab.notebook_params import parsed
+
+    texts: dict[str, str] = {}
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not sign or not name.isidentifier() or name in texts:
+            raise BadInput("parameter", pair, "write name=value, each name once")
+        texts[name] = value
+    values: dict[str, Any] = {}
+    for notebook in discover(places.notebook_dir(), only) if texts else []:
+        values |= parsed(notebook.name, texts)
+    return values
+
+
+def _check_profile_and_seed(profile: str, seed: int) -> None:
+    from turbo_lab.notebook_params import PROFILES
+
+    if profile not in PROFILES:
+        raise BadInput("profile", profile, "use one of " + ", ".join(map(repr, PROFILES)))
+    if seed < 0:
+        raise BadInput("seed", seed, "use an integer of at least 0")
+
+
+def _conclude(outcomes: Sequence[Any]) -> None:
+    failed = [outcome.name for outcome in outcomes if outcome.problem]
+    if failed:
+        typer.echo(f"{len(failed)} of {len(outcomes)} notebooks failed.", err=True)
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()

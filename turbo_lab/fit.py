@@ -1,0 +1,350 @@
+"""The only training loop: freezing, optimisers, cadence, clipping, EMA, checkpoints, resume.
+
+`fit` is a generator that yields one `Record` per step, so whoever calls it owns the progress bar,
+the plots and the decision to stop. Everything random is keyed by the step, so a resumed run
+continues with the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from turbo_lab.errors import BadInput, NonFinite
+from turbo_lab.store import Checkpoints
+from turbo_lab.streams import Draw
+
+Terms = Mapping[str, Tensor]
+"""Named, already weighted loss terms, each per sample ``[B]``."""
+
+
+class Batch(NamedTuple):
+    """What a loss sees: clean data ``x`` (latents ``[B, ...]``) and conditions ``c``."""
+
+    x: Tensor
+    c: Any
+
+
+class Player(Protocol):
+    """Something that learns: an ``nn.Module``, or one adapter of a shared base."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters this player may change, and no others."""
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Return what a checkpoint must keep."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> Any:
+        """Take back what `state_dict` gave."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """This loss moves exactly these players, every ``every`` rounds; ``then`` runs after it."""
+
+    name: str
+    loss: Callable[[Batch, Draw], Terms]
+    moves: tuple[str, ...]
+    every: int = 1
+    then: Callable[[], None] | None = None
+
+
+class Objective(Protocol):
+    """A method: its players by name, and the turns they take in a round."""
+
+    @property
+    def players(self) -> Mapping[str, Player]:
+        """The players by name."""
+
+    def turns(self) -> Sequence[Turn]:
+        """The turns of one round, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimiser:
+    """AdamW with a linear warm-up, then a cosine from ``lr`` to ``lr * final``."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    warmup: int = 0
+    final: float = 1.0
+    clip: float = 1.0
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of step ``step`` (from 0) of ``steps``."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        part = (step - self.warmup) / max(1, steps - self.warmup)
+        return self.lr * (self.final + (1 - self.final) * (1 + math.cos(math.pi * part)) / 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shadow:
+    """An exponential moving average of a player, kept in ``average`` (same parameter names).
+
+    The decay rises as (1 + n) / (10 + n) until it reaches ``decay``, so that early weights are
+    forgotten.
+    """
+
+    of: str
+    average: Player
+    decay: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One step: mean of every loss term, gradient norm of every player that moved."""
+
+    step: int
+    terms: Mapping[str, float]
+    norms: Mapping[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """Where and how often to checkpoint (a step count or seconds, whichever comes first)."""
+
+    checkpoints: Checkpoints
+    every_steps: int = 10**9
+    every_seconds: float = 60.0
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """The mutable state behind `fit`: players, their optimisers and averages, the step."""
+
+    players: Mapping[str, Player]
+    optimisers: Mapping[str, Optimiser]
+    shadows: Sequence[Shadow]
+    steps: int
+    step: int = 0
+    adam: dict[str, torch.optim.AdamW] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, plan in self.optimisers.items():
+            parameters = [p for _, p in self.players[name].named_parameters()]
+            self.adam[name] = torch.optim.AdamW(
+                parameters, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay, fused=True
+            )
+
+    def freeze_all_but(self, moves: Sequence[str]) -> None:
+        """Let exactly the players in ``moves`` learn; nothing else sets ``requires_grad``."""
+        for name, player in self.players.items():
+            for _, parameter in player.named_parameters():
+                parameter.requires_grad_(name in moves)
+
+    def update(self, name: str) -> float:
+        """Clip, step and average one player; return its gradient norm before clipping."""
+        adam, plan = self.adam[name], self.optimisers[name]
+        parameters = [p for group in adam.param_groups for p in group["params"]]
+        norm = float(nn.utils.clip_grad_norm_(parameters, plan.clip))
+        for group in adam.param_groups:
+            group["lr"] = plan.rate(self.step, self.steps)
+        if math.isfinite(norm):
+            adam.step()
+        adam.zero_grad(set_to_none=True)
+        return norm
+
+    @torch.no_grad()
+    def average(self) -> None:
+        for shadow in self.shadows:
+            decay = min(shadow.decay, (1 + self.step) / (10 + self.step))
+            now = [p.detach() for _, p in self.players[shadow.of].named_parameters()]
+            then = [p.detach() for _, p in shadow.average.named_parameters()]
+            torch._foreach_lerp_(then, now, 1 - decay)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs, flat, under unique names."""
+        out = {}
+        for name, player in self.players.items():
+            out |= {f"player/{name}/{k}": v for k, v in player.state_dict().items()}
+        for k, shadow in enumerate(self.shadows):
+            out |= {f"shadow/{k}/{n}": v for n, v in shadow.average.state_dict().items()}
+        for name, adam in self.adam.items():
+            for i, moments in adam.state_dict()["state"].items():
+                out |= {f"adam/{name}/{i}/{key}": v for key, v in moments.items()}
+        return out
+
+    def load(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `tensors` gave."""
+        self.step = step
+        for name, player in self.players.items():
+            player.load_state_dict(_under(tensors, f"player/{name}/"))
+        for k, shadow in enumerate(self.shadows):
+            shadow.average.load_state_dict(_under(tensors, f"shadow/{k}/"))
+        for name, adam in self.adam.items():
+            moments: dict[int, dict[str, Tensor]] = {}
+            for key, value in _under(tensors, f"adam/{name}/").items():
+                index, moment = key.split("/")
+                moments.setdefault(int(index), {})[moment] = value
+            adam.load_state_dict({**adam.state_dict(), "state": moments})
+
+
+def fit(
+    objective: Objective,
+    batches: Callable[[Draw], Batch],
+    *,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    optimisers: Mapping[str, Optimiser],
+    shadows: Sequence[Shadow] = (),
+    micro_batches: int = 1,
+    saving: Saving | None = None,
+) -> Iterator[Record]:
+    """Train, yielding one `Record` per step; resume from the newest valid checkpoint.
+
+    Args:
+        objective: the method; its turns say which loss moves which players.
+        batches: data for the rows of a `Draw` (a function of the step: nothing to store).
+        steps: rounds in all, at least 1; each turn acts when the round is a multiple of
+            its ``every``.
+        batch_size: samples per turn, at least 1.
+        seed: base seed of everything drawn.
+        optimisers: one per player that moves.
+        shadows: averages to keep.
+        micro_batches: parts a batch is split into (gradients are accumulated).
+        saving: checkpoints; without it a killed run starts again.
+
+    Raises:
+        BadInput: a number is out of range, or a moving player has no optimiser.
+        NonFinite: a loss or gradient is not finite; names step, term and last good checkpoint.
+        KeyboardInterrupt, SystemExit: on SIGINT or SIGTERM, after a checkpoint was written.
+    """
+    turns = objective.turns()
+    _check(turns, objective, steps, batch_size, optimisers, micro_batches)
+    run = _Run(
+        players=objective.players, optimisers=optimisers, shadows=tuple(shadows), steps=steps
+    )
+    newest = saving.checkpoints.latest() if saving else None
+    if newest is not None:
+        run.load(newest[0], newest[1])
+    saved_step, saved_at = run.step, time.monotonic()
+    with _signals() as signalled:
+        while run.step < steps:
+            began = time.monotonic()
+            terms, norms = _round(run, turns, batches, batch_size, seed, micro_batches, saved_step)
+            run.step += 1
+            now = time.monotonic()
+            due = saving is not None and (
+                run.step == steps
+                or run.step % saving.every_steps == 0
+                or now - saved_at >= saving.every_seconds
+            )
+            if saving is not None and (due or signalled):
+                saving.checkpoints.save(run.step, run.tensors(), {"steps": steps, "seed": seed})
+                saved_step, saved_at = run.step, time.monotonic()
+            if signalled:
+                _leave(signalled[0], run.step, saving is not None)
+            yield Record(step=run.step, terms=terms, norms=norms, seconds=now - began)
+
+
+def _round(
+    run: _Run,
+    turns: Sequence[Turn],
+    batches: Callable[[Draw], Batch],
+    batch_size: int,
+    seed: int,
+    micro_batches: int,
+    saved_step: int,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Play every turn that is due in this round."""
+    terms: dict[str, float] = {}
+    norms: dict[str, float] = {}
+    for turn in turns:
+        if run.step % turn.every:
+            continue
+        run.freeze_all_but(turn.moves)
+        draw = Draw(seed=seed, step=run.step, total=batch_size, stream=turn.name)
+        for rows in _split(draw, micro_batches):
+            losses = turn.loss(batches(rows), rows)
+            for name, loss in losses.items():
+                key = f"{turn.name}/{name}"
+                terms[key] = terms.get(key, 0.0) + float(loss.detach().sum()) / batch_size
+                _finite(terms[key], f"loss term {key!r}", run.step, saved_step)
+            total = torch.stack([loss.sum() for loss in losses.values()]).sum()
+            (total / batch_size).backward()
+        for name in turn.moves:
+            norms[name] = run.update(name)
+            _finite(norms[name], f"gradient norm of {name!r}", run.step, saved_step)
+        if turn.then is not None:
+            turn.then()
+    run.average()
+    return terms, norms
+
+
+def _split(draw: Draw, parts: int) -> Iterator[Draw]:
+    edges = [draw.total * k // parts for k in range(parts + 1)]
+    for start, stop in zip(edges, edges[1:], strict=False):
+        if stop > start:
+            yield draw.rows(start, stop)
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _finite(value: float, what: str, step: int, saved_step: int) -> None:
+    if not math.isfinite(value):
+        good = f"the last good checkpoint is step {saved_step}" if saved_step else "none is saved"
+        raise NonFinite(f"The {what} became {value} at step {step + 1}; {good}.")
+
+
+def _check(
+    turns: Sequence[Turn],
+    objective: Objective,
+    steps: int,
+    batch_size: int,
+    optimisers: Mapping[str, Optimiser],
+    micro_batches: int,
+) -> None:
+    for name, value in (("steps", steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise BadInput(name, value, "use an integer of at least 1")
+    if not 1 <= micro_batches <= batch_size:
+        raise BadInput("micro_batches", micro_batches, f"use 1 to batch_size ({batch_size})")
+    for turn in turns:
+        for name in turn.moves:
+            if name not in objective.players:
+                known = ", ".join(objective.players)
+                raise BadInput(f"moves of turn {turn.name}", name, f"the players are {known}")
+            if name not in optimisers:
+                raise BadInput("optimisers", sorted(optimisers), f"player {name!r} needs one")
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM until the step is over (main thread only)."""
+    got: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield got
+        return
+
+    def note(number: int, _: FrameType | None) -> None:
+        got.append(number)
+
+    old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield got
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _leave(number: int, step: int, saved: bool) -> None:
+    kept = "a checkpoint was written; run again to continue" if saved else "nothing was saved"
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt(f"Stopped at step {step}: {kept}.")
+    raise SystemExit(128 + number)

@@ -1,0 +1,132 @@
+"""The parameters of each notebook, checked by the same model in the notebook and in the runner."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from turbo_lab.errors import BadInput
+
+Profile = Literal["smoke", "quick", "paper"]
+Device = Literal["auto", "cpu", "cuda"]
+PROFILES: tuple[str, ...] = get_args(Profile)
+
+
+class NotebookParams(BaseModel):
+    """What every notebook understands; the defaults are those of its ``parameters`` cell."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    profile: Profile = "quick"
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: Device = "auto"
+    fresh: bool = False
+    out_dir: str = ""
+
+
+class Teacher01(NotebookParams):
+    """Parameters of ``01_teacher``; ``captions=0`` means as many as the profile says."""
+
+    guidance_scale: Annotated[float, Field(ge=1, le=20)] = 4.0
+    captions: Annotated[int, Field(ge=0, le=100_000)] = 0
+
+
+#: Notebooks with parameters of their own; the others take ``NotebookParams``.
+NOTEBOOKS: dict[str, type[NotebookParams]] = {"01_teacher": Teacher01}
+
+
+def model_for(name: str) -> type[NotebookParams]:
+    """Return the parameter model of a notebook."""
+    return NOTEBOOKS.get(name, NotebookParams)
+
+
+def validated(name: str, namespace: Mapping[str, Any]) -> NotebookParams:
+    """Check the parameters a notebook runs with; its first code cell passes ``globals()``.
+
+    Raises:
+        BadInput: a parameter is missing from the namespace, or its value is not allowed.
+    """
+    fields = model_for(name).model_fields
+    missing = [field for field in fields if field not in namespace]
+    if missing:
+        raise BadInput(missing[0], None, f"the parameters cell of {name} must define it")
+    return checked(name, {field: namespace[field] for field in fields})
+
+
+def checked(name: str, values: Mapping[str, Any]) -> NotebookParams:
+    """Check named values, typed as Python has them; what is not named keeps its default.
+
+    Raises:
+        BadInput: a name the notebook does not know, or a value of the wrong type or range.
+    """
+    plain = {key: plain_value(value) for key, value in values.items()}
+    return _said(name, plain, lambda model: model.model_validate(plain, strict=True))
+
+
+def parsed(name: str, texts: Mapping[str, str]) -> dict[str, Any]:
+    """Turn ``name=value`` texts of the command line into typed values, only those named.
+
+    Raises:
+        BadInput: a name the notebook does not know, or a text that is not such a value.
+    """
+    params = _said(name, texts, lambda model: model.model_validate_strings(dict(texts)))
+    return {key: getattr(params, key) for key in texts}
+
+
+def plain_value(value: Any) -> Any:
+    """Turn NumPy scalars and arrays, tuples and paths into what papermill can write down."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple | list):
+        return [plain_value(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): plain_value(item) for key, item in value.items()}
+    return value
+
+
+def _said(
+    name: str,
+    values: Mapping[str, Any],
+    validate: Callable[[type[NotebookParams]], NotebookParams],
+) -> NotebookParams:
+    model = model_for(name)
+    try:
+        return validate(model)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        raise BadInput(key, values.get(key), _allowed(name, key)) from None
+
+
+def _allowed(name: str, key: str) -> str:
+    fields = model_for(name).model_fields
+    if key in fields:
+        return _range(fields[key])
+    near = difflib.get_close_matches(key, fields, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"{name} has no such parameter{hint}; it has {', '.join(fields)}"
+
+
+def _range(field: FieldInfo) -> str:
+    kind: Any = field.annotation
+    if get_origin(kind) is Literal:
+        return "use one of " + ", ".join(map(repr, get_args(kind)))
+    bounds = {
+        word: getattr(mark, word)
+        for mark in field.metadata
+        for word in ("ge", "le")
+        if getattr(mark, word, None) is not None
+    }
+    noun = {int: "an integer", float: "a number", bool: "True or False", str: "text"}[kind]
+    if len(bounds) == 2:
+        return f"use {noun} from {bounds['ge']} to {bounds['le']}"
+    limits = {"ge": "of at least", "le": "of at most"}
+    return " ".join([f"use {noun}", *(f"{limits[word]} {bound}" for word, bound in bounds.items())])

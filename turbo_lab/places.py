@@ -1,0 +1,66 @@
+"""Where things lie on disk: the one place that knows the folders of a checkout.
+
+``TURBO_LAB_ROOT`` names another checkout, ``TURBO_LAB_FIGURES`` another folder for figures (the
+tests use it, so that they never overwrite the real ones).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from turbo_lab.errors import BadInput
+
+#: The profile whose figures are the ones a reader sees.
+SHOWN_PROFILE = "quick"
+
+
+def root() -> Path:
+    """Return the checkout: the folder that holds ``notebooks/``.
+
+    Looked for in ``TURBO_LAB_ROOT``, around the package, then upwards from the current folder.
+    An installed package used outside of any checkout works in the current folder.
+
+    Raises:
+        BadInput: ``TURBO_LAB_ROOT`` names no folder.
+    """
+    named = os.environ.get("TURBO_LAB_ROOT")
+    if named:
+        if not Path(named).is_dir():
+            raise BadInput("TURBO_LAB_ROOT", named, "name an existing folder, or unset it")
+        return Path(named).resolve()
+    here = Path.cwd()
+    candidates = [Path(__file__).resolve().parents[1], here, *here.parents]
+    return next((folder for folder in candidates if _is_checkout(folder)), here)
+
+
+def notebook_dir() -> Path:
+    """Return the folder of the notebooks."""
+    return root() / "notebooks"
+
+
+def run_dir(profile: str) -> Path:
+    """Return the folder of executed copies and logs of a profile."""
+    return root() / "runs" / profile
+
+
+def figure_dir(profile: str, out_dir: str = "") -> Path:
+    """Return the folder that holds one folder of figures per notebook.
+
+    ``out_dir`` wins, then ``TURBO_LAB_FIGURES``, then ``figures/`` for the shown profile and
+    ``runs/<profile>/figures`` for the others, so that a smoke run never overwrites real figures.
+    Relative paths count from the checkout, whatever the current folder.
+    """
+    chosen = out_dir or os.environ.get("TURBO_LAB_FIGURES", "")
+    if chosen:
+        return root() / Path(chosen).expanduser()
+    return root() / "figures" if profile == SHOWN_PROFILE else run_dir(profile) / "figures"
+
+
+def shown(path: Path) -> str:
+    """Return a path as a person reads it: relative to the checkout where it lies inside."""
+    return str(path.relative_to(root())) if path.is_relative_to(root()) else str(path)
+
+
+def _is_checkout(folder: Path) -> bool:
+    return (folder / "notebooks").is_dir() and (folder / "pyproject.toml").is_file()

@@ -1,0 +1,1 @@
+"""Testbeds: a teacher with its data, students and measures; one value each, imported on request."""

@@ -1,0 +1,173 @@
+"""The postcards testbed: 32x32 scenes on a miniature of Qwen-Image's own transformer.
+
+Pixels become "latents" by pixel-unshuffle, latents become tokens by Qwen's own 2x2 packing, so
+the network is the stock ``QwenImageTransformer2DModel`` of diffusers, only smaller.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from pydantic import Field as Bound
+from torch import Tensor, nn
+
+from turbo_lab.field import Field, frozen, guided
+from turbo_lab.fit import Batch
+from turbo_lab.postcards import SIZE, Caption, Scenes, caption_tokens, draw_scenes, render
+from turbo_lab.postcards.captions import TOKENS, VOCABULARY, null_tokens
+from turbo_lab.streams import Draw, seed_for
+
+PATCH = 2  # of the pixel-unshuffle and of Qwen's packing: a token is a 4x4 pixel patch
+LATENT_CHANNELS = 3 * PATCH**2
+LATENT_SIZE = SIZE // PATCH
+LATENT_SHAPE = (LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
+
+
+class NetSize(BaseModel):
+    """Size of the miniature transformer; the proportions are Qwen-Image's to choose from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layers: int = Bound(4, ge=1, le=60)
+    heads: int = Bound(4, ge=1, le=24)
+    head_width: int = Bound(32, ge=8, le=128, multiple_of=8)
+    text_width: int = Bound(64, ge=8)
+
+
+class PostcardNet(nn.Module):
+    """Velocity field on latents ``[B, 12, 16, 16]`` with captions as token ids ``[B, 5]``.
+
+    The caption table stands where Qwen-Image has its text encoder; the transformer is the stock
+    class of diffusers.
+    """
+
+    def __init__(self, size: NetSize) -> None:
+        from diffusers import QwenImageTransformer2DModel
+
+        super().__init__()
+        # The three axes of Qwen's rotary embedding: frame, row, column, in Qwen's 2:7:7 spirit.
+        frame = size.head_width // 4
+        side = (size.head_width - frame) // 2
+        self.captions = nn.Embedding(VOCABULARY, size.text_width)
+        self.transformer = QwenImageTransformer2DModel(
+            patch_size=PATCH,
+            in_channels=LATENT_CHANNELS * PATCH**2,
+            out_channels=LATENT_CHANNELS,
+            num_layers=size.layers,
+            attention_head_dim=size.head_width,
+            num_attention_heads=size.heads,
+            joint_attention_dim=size.text_width,
+            axes_dims_rope=(size.head_width - 2 * side, side, side),
+        )
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        """Return the velocity at ``x_t`` ``[B, 12, 16, 16]``, times ``[B]``, captions ``[B, 5]``."""
+        rows = x_t.shape[0]
+        tokens = self.transformer(
+            hidden_states=pack(x_t),
+            encoder_hidden_states=self.captions(c),
+            timestep=t.expand(rows),
+            img_shapes=[[(1, LATENT_SIZE // PATCH, LATENT_SIZE // PATCH)]] * rows,
+            return_dict=False,
+        )[0]
+        return unpack(tokens)
+
+
+def encode(images: Tensor) -> Tensor:
+    """Images ``[B, 3, 32, 32]`` in [-1, 1] to latents ``[B, 12, 16, 16]`` (exact)."""
+    return nn.functional.pixel_unshuffle(images, PATCH)
+
+
+def decode(latents: Tensor) -> Tensor:
+    """Latents ``[B, 12, 16, 16]`` to images ``[B, 3, 32, 32]`` (exact, not clamped)."""
+    return nn.functional.pixel_shuffle(latents, PATCH)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Latents ``[B, C, H, W]`` to Qwen's tokens ``[B, HW/4, 4C]``."""
+    b, c, h, w = latents.shape
+    tokens = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return tokens.reshape(b, (h // 2) * (w // 2), c * 4)
+
+
+def unpack(tokens: Tensor) -> Tensor:
+    """Inverse of `pack` for the square latents of a postcard."""
+    b, n, width = tokens.shape
+    side = int(n**0.5)
+    latents = tokens.view(b, side, side, width // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return latents.reshape(b, width // 4, side * 2, side * 2)
+
+
+def spawn_net(size: NetSize, seed: int) -> PostcardNet:
+    """Build a network from a seed without touching the global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(seed, "init"))
+        return PostcardNet(size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Postcards:
+    """The testbed: a trained network and everything around it.
+
+    Args:
+        net: the teacher's network (its EMA weights).
+        guidance_scale: classifier-free guidance of `teacher`, 1 is none.
+        rescale: how guidance is rescaled, see `turbo_lab.field.guided`.
+        seed: base seed of data and captions.
+    """
+
+    net: PostcardNet
+    guidance_scale: float = 4.0
+    rescale: str = "none"
+    seed: int = 0
+    shape: tuple[int, int, int] = LATENT_SHAPE
+
+    @property
+    def null(self) -> Tensor:
+        """The null condition, one row ``[1, 5]``."""
+        return null_tokens(1)
+
+    @property
+    def teacher(self) -> Field:
+        """The guided, frozen teacher: two network calls per evaluation."""
+        return self.guided(self.guidance_scale)
+
+    def guided(self, scale: float) -> Field:
+        """The frozen network under another guidance scale."""
+        return guided(frozen(self.net), self.null, scale, rescale=self.rescale)
+
+    def spawn(self, name: str) -> PostcardNet:
+        """A trainable copy of the network; ``name`` is for adapters, which share the base."""
+        return copy.deepcopy(self.net)
+
+    def batches(self, draw: Draw) -> Batch:
+        """Training data for the rows of a draw."""
+        return train_batch(draw, seed=self.seed)
+
+    def prompts(self, n: int, stream: str = "eval") -> Scenes:
+        """The first ``n`` held-out scenes: captions to sample and their ground truth."""
+        return draw_scenes(stream, range(n), seed=self.seed)
+
+    def real(self, n: int, stream: str = "critic", first: int = 0) -> Tensor:
+        """Real images ``[n, 3, 32, 32]`` in [-1, 1]."""
+        return render(draw_scenes(stream, range(first, first + n), seed=self.seed))
+
+    def condition(self, captions: Iterable[str | Caption]) -> Tensor:
+        """Token ids ``[B, 5]`` of caption strings."""
+        return caption_tokens(captions)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents to images in [-1, 1]."""
+        return decode(latents).clamp(-1, 1)
+
+
+def train_batch(draw: Draw, *, seed: int, device: torch.device | str = "cpu") -> Batch:
+    """Scenes of the train stream for the rows of a draw; an endless supply, nothing repeats."""
+    first = draw.step * draw.total
+    stop = draw.total if draw.stop is None else draw.stop
+    scenes = draw_scenes("train", range(first + draw.start, first + stop), seed=seed)
+    return Batch(encode(render(scenes)).to(device), scenes.tokens.to(device))

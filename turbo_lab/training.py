@@ -1,0 +1,178 @@
+"""From a recipe to an artefact: train, keep history and replay trace, and replay them later."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from turbo_lab.atomic import atomic_write_text, save_tensors
+from turbo_lab.cpu import tune_allocator
+from turbo_lab.fit import Objective, Record, Saving, Shadow, fit
+from turbo_lab.methods import METHODS
+from turbo_lab.postcards.captions import null_tokens
+from turbo_lab.recipes import Recipe, Stage
+from turbo_lab.store import Artefact, Checkpoints, Store
+from turbo_lab.testbeds.postcards import PostcardNet, spawn_net, train_batch
+
+HISTORY_EVERY = 20
+"""Steps per line of history.jsonl (a line is the mean over them)."""
+TRACE_STEPS = 3
+"""Steps recorded by each half of a replay trace."""
+
+Watch = Callable[[Record, int], None]
+"""Called after each step with its record and the number of steps in all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """Losses of the first steps from the seed, and of a few steps from the finished weights."""
+
+    first: tuple[float, ...]
+    last: tuple[float, ...]
+
+
+def trained(
+    recipe: Recipe,
+    *,
+    store: Store | None = None,
+    fresh: bool = False,
+    device: str = "cpu",
+    watch: Watch | None = None,
+) -> Artefact:
+    """Return the artefact of a recipe: from the cache, else shipped, else trained now.
+
+    A killed training continues from its last checkpoint; two processes asking at once train once.
+    """
+    store = store or Store.default()
+    make = partial(_make, recipe, store, device, watch or _unwatched)
+    return store.get_or_make(recipe.artefact, recipe.spec(), make, fresh=fresh)
+
+
+def load_net(recipe: Recipe, artefact: Artefact) -> PostcardNet:
+    """Build the network of a recipe with the weights of an artefact, frozen, in eval mode."""
+    net = spawn_net(recipe.net, recipe.seed)
+    net.load_state_dict({k: v.float() for k, v in artefact.tensors().items()})
+    return net.eval().requires_grad_(False)
+
+
+def replay(recipe: Recipe, artefact: Artefact) -> Trace:
+    """Run today's code for the steps that the artefact's trace recorded."""
+    stage = recipe.stages[-1]
+    start, finished = spawn_net(recipe.net, recipe.seed), load_net(recipe, artefact)
+    return Trace(first=_losses(stage, recipe, start), last=_losses(stage, recipe, finished))
+
+
+def recorded(artefact: Artefact) -> Trace:
+    """The trace that was recorded when the artefact was made."""
+    trace = artefact.json("trace.json")
+    return Trace(first=tuple(trace["first"]), last=tuple(trace["last"]))
+
+
+def history(artefact: Artefact) -> list[dict[str, Any]]:
+    """The training history: one record per `HISTORY_EVERY` steps."""
+    lines = artefact.file("history.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _make(recipe: Recipe, store: Store, device: str, watch: Watch, folder: Path) -> None:
+    tune_allocator()
+    (stage,) = recipe.stages
+    work = store.workdir(recipe.artefact, recipe.spec())
+    net = spawn_net(recipe.net, recipe.seed).to(device)
+    average = copy.deepcopy(net).requires_grad_(False)
+    lines = _History(work / "history.jsonl")
+    saving = Saving(checkpoints=Checkpoints(folder=work), every_seconds=60)
+    for record in _fit(stage, recipe, net, average, saving):
+        lines.add(record, last=record.step == stage.steps)
+        watch(record, stage.steps)
+    # Half precision holds an averaged weight to 3 digits more than its own training noise.
+    weights = {k: v.detach().cpu().half() for k, v in average.state_dict().items()}
+    save_tensors(folder, "weights.safetensors", weights)
+    finished = spawn_net(recipe.net, recipe.seed)
+    finished.load_state_dict({k: v.float() for k, v in weights.items()})
+    trace = {
+        "first": _losses(stage, recipe, spawn_net(recipe.net, recipe.seed)),
+        "last": _losses(stage, recipe, finished),
+    }
+    atomic_write_text(folder / "trace.json", json.dumps(trace))
+    atomic_write_text(folder / "history.jsonl", lines.text())
+
+
+def objective_of(stage: Stage, net: nn.Module) -> Objective:
+    """Build the method of a stage around a network."""
+    return METHODS[stage.method](student=net, null=null_tokens(1), **stage.options)  # type: ignore[arg-type]
+
+
+def _fit(
+    stage: Stage,
+    recipe: Recipe,
+    net: PostcardNet,
+    average: PostcardNet | None = None,
+    saving: Saving | None = None,
+) -> Iterator[Record]:
+    shadows = (Shadow(of="student", average=average, decay=stage.ema),) if average else ()
+    device = next(net.parameters()).device
+    return fit(
+        objective_of(stage, net.train()),
+        lambda draw: train_batch(draw, seed=recipe.seed, device=device),
+        steps=stage.steps,
+        batch_size=stage.batch_size,
+        seed=recipe.seed,
+        optimisers={name: rates.optimiser() for name, rates in stage.rates.items()},
+        shadows=shadows,
+        saving=saving,
+    )
+
+
+def _losses(stage: Stage, recipe: Recipe, net: PostcardNet) -> tuple[float, ...]:
+    records = islice(_fit(stage, recipe, net), TRACE_STEPS)
+    return tuple(sum(record.terms.values()) for record in records)
+
+
+def _unwatched(record: Record, steps: int) -> None:
+    """Watch nothing."""
+
+
+class _History:
+    """history.jsonl in the work folder: appended while training, cut back on resume."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.kept: list[dict[str, Any]] = []
+        self.open: list[Record] = []
+
+    def add(self, record: Record, *, last: bool) -> None:
+        if not self.kept and not self.open and record.step > 1 and self.path.exists():
+            lines = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
+            self.kept = [line for line in lines if line["step"] < record.step]
+        self.open.append(record)
+        if record.step % HISTORY_EVERY == 0 or last:
+            self.kept.append(_mean(self.open))
+            self.open = []
+            atomic_write_text(self.path, self.text())
+
+    def text(self) -> str:
+        return "".join(json.dumps(line) + "\n" for line in self.kept)
+
+
+def _mean(records: list[Record]) -> dict[str, Any]:
+    def mean(of: Callable[[Record], Any]) -> dict[str, float]:
+        names = {name for record in records for name in of(record)}
+        got = {name: [of(r)[name] for r in records if name in of(r)] for name in sorted(names)}
+        return {name: round(sum(values) / len(values), 6) for name, values in got.items()}
+
+    seconds = round(sum(r.seconds for r in records) / len(records), 4)
+    return {
+        "step": records[-1].step,
+        "terms": mean(lambda r: r.terms),
+        "norms": mean(lambda r: r.norms),
+        "seconds": seconds,
+    }
