@@ -22,7 +22,10 @@ seed: int = 0  # base seed
 out_dir: str = ""  # where figures go
 """
 # One pixel is enough for an image in the outputs and a file on disk.
-PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+PIXEL = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJ"
+    "AAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
 FIGURE = f"""
 import base64
 from IPython.display import Image, display
@@ -194,7 +197,7 @@ def test_an_old_figure_does_not_stand_in_for_a_new_one(checkout: Path) -> None:
 @pytest.mark.slow
 def test_who_makes_runs_before_who_needs(checkout: Path) -> None:
     say = "from turbo_lab.places import root\nlog = root() / 'log'\n"
-    text = "log.read_text() if log.exists() else ''"
+    text = "(log.read_text() if log.exists() else '')"
     for name, declared in (("01_a", {"needs": ["x"]}), ("02_b", {"makes": ["x"]})):
         write(checkout, name, f"{say}_ = log.write_text({text} + '{name} ')", **declared)
     outcomes = runner.run(profile="smoke", jobs=2)

@@ -291,9 +291,9 @@ def _publish(temp: Path, target: Path, replace: bool) -> None:
     try:
         os.rename(temp, target)
     except OSError:
-        with suppress(OSError):
-            os.rename(old, target)
-        if not _whole(target):
+        if replace or not _whole(target):  # else another process came between
+            with suppress(OSError):
+                os.rename(old, target)
             raise
     _sync_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)

@@ -181,8 +181,8 @@ class Points:
             ``within``: share of samples within 3 sigma of a mode, 0.98889 for a perfect sampler
             of modes that do not overlap; ``mode_shares``: list of K; ``mode_kl``: KL of these
             from the shares due, Σ q log(q / p), in nats; ``modes_covered``: number of modes that
-            have at least a tenth of the share due within 3 sigma of them; ``nll``: mean -log p(x | c),
-            in nats.
+            have at least a tenth of the share due within 3 sigma of them; ``nll``: mean
+            -log p(x | c), in nats.
 
         Raises:
             BadInput: no samples, or samples that are not ``[N, 2]``.

@@ -1,0 +1,165 @@
+"""Claims: a statement, a statistic, an interval, and the verdict the interval allows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from scipy import stats
+
+from turbo_lab.atomic import atomic_write_text
+from turbo_lab.errors import BadInput
+from turbo_lab.streams import rng
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Verdict = Literal["holds", "not reproduced", "inconclusive"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A value with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One sentence of the literature, and what was measured about it.
+
+    ``side`` says where the whole interval must lie for the claim to hold: above or below
+    ``threshold``.
+    """
+
+    id: str
+    notebook: str
+    statement: str
+    source: str
+    statistic: str
+    interval: Interval
+    side: Literal["above", "below"]
+    threshold: float
+    seeds: int
+    samples: int
+    profile: str
+    artefact_keys: tuple[str, ...] = field(default=())
+
+    @property
+    def verdict(self) -> Verdict:
+        """Holds, not reproduced (the interval lies on the other side), or inconclusive."""
+        low, high = self.interval.low, self.interval.high
+        above, below = low > self.threshold, high < self.threshold
+        if (above, below)[self.side == "below"]:
+            return "holds"
+        return "not reproduced" if above or below else "inconclusive"
+
+    def record(self) -> dict[str, object]:
+        """The claim as plain JSON, the interval spread out and the verdict added."""
+        flat = {**asdict(self), **asdict(self.interval), "verdict": self.verdict}
+        del flat["interval"]
+        return flat
+
+
+def wilson(successes: int, n: int) -> Interval:
+    """Rate with its 95% Wilson score interval (Wilson 1927).
+
+    Raises:
+        BadInput: n is 0, or successes are not among 0 .. n.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise BadInput("successes, n", (successes, n), "use 0 <= successes <= n and n >= 1")
+    ci = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    return Interval(value=successes / n, low=float(ci.low), high=float(ci.high))
+
+
+def bootstrap(
+    *samples: Sequence[float] | np.ndarray,
+    statistic: Callable[..., float | np.ndarray] = np.mean,
+    seed: int = 0,
+    resamples: int = 2000,
+) -> Interval:
+    """Percentile bootstrap over rows; several samples are resampled together (paired).
+
+    Args:
+        samples: arrays with the same number of rows, one row per image.
+        statistic: takes the (resampled) arrays, returns one number.
+        seed: of the resampling.
+        resamples: how often.
+
+    Raises:
+        BadInput: no rows, or arrays of different length.
+    """
+    rows = [np.asarray(s) for s in samples]
+    n = len(rows[0]) if rows else 0
+    if n < 1 or any(len(r) != n for r in rows):
+        raise BadInput("samples", [len(r) for r in rows], "give arrays of one length, at least 1")
+    draws = rng(seed, "bootstrap").integers(0, n, size=(resamples, n))
+    values = np.array([statistic(*(r[d] for r in rows)) for d in draws])
+    low, high = np.percentile(values, [2.5, 97.5])
+    return Interval(value=float(statistic(*rows)), low=float(low), high=float(high))
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float], *, seed: int = 0) -> Interval:
+    """Mean of a - b over paired rows with its bootstrap interval."""
+    return bootstrap(np.asarray(a, float) - np.asarray(b, float), seed=seed)
+
+
+def paired_permutation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Two-sided p-value of the paired sign-flip permutation test on mean(a - b).
+
+    Exact up to 2^13 flips; six pairs are the least that can reach p < 0.05 (2 / 2^6 = 0.031).
+    """
+    difference = np.asarray(a, float) - np.asarray(b, float)
+    result = stats.permutation_test(
+        (difference,),
+        lambda d, axis: d.mean(axis=axis),
+        permutation_type="samples",
+        n_resamples=2**13,
+        vectorized=True,
+        rng=rng(0, "permutation"),
+    )
+    return float(result.pvalue)
+
+
+def save(claims: Sequence[Claim], folder: Path) -> Path:
+    """Write ``claims.json`` of one notebook, atomically."""
+    path = folder / "claims.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps([c.record() for c in claims], indent=1, ensure_ascii=False)
+    atomic_write_text(path, text + "\n")
+    return path
+
+
+def table(claims: Sequence[Claim]) -> pd.DataFrame:
+    """The claims as a table to read: statement, measured interval, what was needed, verdict."""
+    import pandas as pd
+
+    sign = {"above": ">", "below": "<"}
+    rows = [
+        {
+            "claim": c.id,
+            "statement": c.statement,
+            "statistic": c.statistic,
+            "measured [95%]": str(c.interval),
+            "needed": f"{sign[c.side]} {c.threshold:g}",
+            "n": c.samples,
+            "verdict": c.verdict,
+        }
+        for c in claims
+    ]
+    return pd.DataFrame(rows).set_index("claim")
+
+
+def verdicts(claims: Sequence[Claim]) -> str:
+    """One line per claim, without raw floats: stable text for comparing notebooks."""
+    return "\n".join(f"{c.id}: {c.verdict} (seeds {c.seeds}, n {c.samples})" for c in claims)

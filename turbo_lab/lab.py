@@ -1,0 +1,257 @@
+"""The bench a notebook works at: the trained testbed, cached samples and their measurements.
+
+A notebook asks for samples of the teacher at some steps and guidance; the store answers if they
+were drawn before, else they are drawn now with a progress bar. Measurements are recomputed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from turbo_lab.atomic import atomic_write_text, save_tensors
+from turbo_lab.cpu import tune_allocator
+from turbo_lab.errors import BadInput, MissingPiece
+from turbo_lab.field import counted, frozen, guided
+from turbo_lab.fit import Record
+from turbo_lab.path import time_grid
+from turbo_lab.postcards import Scenes
+from turbo_lab.progress import progress
+from turbo_lab.recipes import Profile, Recipe, resolve
+from turbo_lab.sample import draw_samples
+from turbo_lab.store import Artefact, Store
+from turbo_lab.testbeds.postcards import Postcards
+from turbo_lab.training import load_net, trained
+
+TEACHER_STEPS = 40
+TEACHER_GUIDANCE = 4.0
+"""Chosen on the ``select`` stream, see LOG.md."""
+
+
+class Sampling(BaseModel):
+    """How to sample the teacher; frozen, and the key under which samples are kept."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(TEACHER_STEPS, ge=1, le=1000)
+    guidance_scale: float = Field(TEACHER_GUIDANCE, ge=0, le=20)
+    rescale: Literal["none", "token", "sample"] = "none"
+    shift: float = Field(1.0, gt=0, le=100)
+    n: int = Field(256, ge=1, le=100_000)
+    stream: Literal["critic", "eval", "select"] = "eval"
+    seed: int = Field(0, ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Images drawn for the first ``n`` scenes of a stream, and what drawing them cost."""
+
+    images: Tensor  # [n, 3, 32, 32] in [-1, 1]
+    scenes: Scenes
+    nfe: float
+    seconds_per_image: float
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lab:
+    """A testbed with its artefact, on a device, with a store behind it."""
+
+    recipe: Recipe
+    artefact: Artefact
+    testbed: Postcards
+    store: Store
+    device: str
+
+    def samples(self, sampling: Sampling, what: str = "") -> Samples:
+        """Return samples from the store, drawing them first if they are not there."""
+        spec = {
+            "kind": "samples",
+            "version": 1,
+            "world": self.recipe.world,
+            "teacher": self.artefact.key,
+            "device": self.device,
+            "threads": torch.get_num_threads(),
+            **sampling.model_dump(),
+        }
+        what = what or f"{sampling.steps} steps, guidance {sampling.guidance_scale:g}"
+        make = partial(self._draw_into, sampling, what)
+        artefact = self.store.get_or_make("postcards/samples", spec, make)
+        cost = artefact.json("cost.json")
+        return Samples(
+            images=artefact.tensors("images.safetensors")["images"],
+            scenes=self.testbed.prompts(sampling.n, sampling.stream),
+            nfe=cost["nfe"],
+            seconds_per_image=cost["seconds_per_image"],
+            key=artefact.key,
+        )
+
+    def draw(self, sampling: Sampling, what: str) -> tuple[Tensor, float, float]:
+        """Draw samples now; return images ``[n, 3, 32, 32]``, NFE and seconds per image."""
+        scenes = self.testbed.prompts(sampling.n, sampling.stream)
+        return self.draw_for(scenes.tokens, sampling, what)
+
+    def draw_for(
+        self, tokens: Tensor, sampling: Sampling, what: str = ""
+    ) -> tuple[Tensor, float, float]:
+        """Draw one image for each row of tokens ``[n, 5]``; see `draw`."""
+        net = counted(self.testbed.net)
+        field = guided(
+            frozen(net), self.testbed.null, sampling.guidance_scale, rescale=sampling.rescale
+        )
+        began = time.perf_counter()
+        with progress(len(tokens), what or "sampling") as tick:
+            latents = draw_samples(
+                field,
+                time_grid(sampling.steps, shift=sampling.shift),
+                self.testbed.shape,
+                tokens,
+                seed=sampling.seed,
+                indices=range(len(tokens)),
+                batch=64,
+                device=self.device,
+                progress=lambda done, _: tick(done, ""),
+            )
+        seconds = (time.perf_counter() - began) / len(tokens)
+        return self.testbed.decode(latents), net.per_image(len(tokens)), seconds
+
+    def _draw_into(self, sampling: Sampling, what: str, folder: Path) -> None:
+        images, nfe, seconds = self.draw(sampling, what)
+        save_tensors(folder, "images.safetensors", {"images": images})
+        cost = {"nfe": nfe, "seconds_per_image": seconds}
+        atomic_write_text(folder / "cost.json", json.dumps(cost))
+
+
+def open_lab(
+    *,
+    profile: Profile = "quick",
+    seed: int = 0,
+    device: str = "auto",
+    fresh: bool = False,
+    store: Store | None = None,
+) -> Lab:
+    """Open the postcards with their trained teacher.
+
+    Args:
+        profile: with ``fresh``, whose budget to train by; otherwise the shipped teacher (the one
+            of ``quick``) serves every profile, since profiles scale how much is measured.
+        seed: of the teacher's training when ``fresh``.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        fresh: train again.
+        store: where artefacts live.
+
+    Raises:
+        MissingPiece: CUDA was asked for and is not there.
+    """
+    tune_allocator()
+    store = store or Store.default()
+    place = chosen_device(device)
+    recipe = resolve("teacher", profile=profile if fresh else "quick", seed=seed if fresh else 0)
+    artefact = _trained(recipe, store=store, fresh=fresh, device=place)
+    net = load_net(recipe, artefact).to(place)
+    testbed = Postcards(net=net, guidance_scale=TEACHER_GUIDANCE)
+    return Lab(recipe=recipe, artefact=artefact, testbed=testbed, store=store, device=place)
+
+
+def chosen_device(device: str) -> str:
+    """Resolve ``auto`` to the GPU where there is one.
+
+    Raises:
+        BadInput: not one of auto, cpu, cuda.
+        MissingPiece: cuda without a GPU.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise BadInput("device", device, "choose auto, cpu or cuda")
+    found = torch.cuda.is_available()
+    if device == "cuda" and not found:
+        raise MissingPiece("device='cuda' needs a CUDA GPU, and torch sees none; use cpu or auto.")
+    return "cuda" if found and device != "cpu" else "cpu"
+
+
+def train(
+    name: str,
+    *,
+    profile: Profile = "quick",
+    seed: int = 0,
+    fresh: bool = False,
+    device: str = "auto",
+    ship: bool = False,
+) -> Artefact:
+    """Train a recipe unless it is there already; ``ship`` copies it into the package's source."""
+    recipe = resolve(name, profile=profile, seed=seed)
+    store = Store.default()
+    artefact = _trained(recipe, store=store, fresh=fresh, device=chosen_device(device))
+    if ship:
+        store.ship(artefact)
+    return artefact
+
+
+def sample_images(
+    *,
+    testbed: str,
+    captions: Sequence[str],
+    steps: int,
+    guidance: float,
+    seed: int,
+    out: Path,
+    device: str = "auto",
+) -> None:
+    """Draw one picture per caption in a row and write it as PNG, eight times enlarged.
+
+    Raises:
+        BadInput: unknown testbed, no caption, a caption outside the grammar, or a file name that
+            is not a PNG; before anything is loaded.
+    """
+    from PIL import Image
+
+    from turbo_lab.figures import contact_sheet
+
+    if testbed != "postcards":
+        raise BadInput("testbed", testbed, "choose postcards")
+    if not captions:
+        raise BadInput("caption", "", "give at least one caption")
+    if out.suffix.lower() != ".png":
+        raise BadInput("out", str(out), "name a .png file")
+    if not out.absolute().parent.is_dir():
+        raise BadInput("out", str(out), "its folder must exist")
+    sampling = checked_sampling({"steps": steps, "guidance_scale": guidance, "seed": seed})
+    from turbo_lab.postcards import caption_tokens
+
+    tokens = caption_tokens(captions)
+    images, _, _ = open_lab(device=device).draw_for(tokens, sampling)
+    sheet = contact_sheet(images, columns=min(8, len(images)), enlarge=8)
+    Image.fromarray(sheet).save(out)
+
+
+def checked_sampling(values: Mapping[str, object]) -> Sampling:
+    """Validate sampling parameters.
+
+    Raises:
+        BadInput: naming the first parameter that is out of range.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return Sampling.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise BadInput(name, first["input"], first["msg"].lower()) from None
+
+
+def _trained(recipe: Recipe, *, store: Store, fresh: bool, device: str) -> Artefact:
+    with progress(recipe.stages[-1].steps, f"training {recipe.name}") as tick:
+
+        def watch(record: Record, steps: int) -> None:
+            tick(record.step, f"loss {sum(record.terms.values()):.3f}")
+
+        return trained(recipe, store=store, fresh=fresh, device=device, watch=watch)

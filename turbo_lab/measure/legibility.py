@@ -1,0 +1,169 @@
+"""Read the sign back: template matching of the hundred plates over all positions.
+
+Thresholds were chosen on the ``select`` stream (1,000 scenes), never on ``eval``:
+
+- `CRISP`: the fit (R squared) of a fresh sign is 1.00, of one with noise of standard deviation
+  0.04 at least 0.99; a half transparent sign reaches 0.72 at most (white on the palest sky), one
+  blurred by 0.6 px 0.74, by 0.7 px 0.61.
+- `FOUND`: away from the sign, the best correlation of 1,000 fresh scenes is 0.61; a second sign
+  of opacity 0.4 pasted anywhere has at least 0.68, of opacity 0.5 at least 0.84.
+- `OPACITY`: keeps faint look-alikes of the grain out; a sign of opacity 0.4 has at least 0.25.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d
+
+from turbo_lab.measure.views import unit
+from turbo_lab.postcards.render import INK, PLATE, SIZE, glyphs, plates
+from turbo_lab.postcards.scenes import SIGN_HEIGHT, SIGN_WIDTH
+
+CRISP = 0.72
+FOUND = 0.66
+OPACITY = 0.20
+APART = (5, 4)
+"""Plates closer than this in x and in y are one plate."""
+MOST_SIGNS = 8
+
+_AREA = SIGN_HEIGHT * SIGN_WIDTH
+_ROWS, _COLUMNS = SIZE - SIGN_HEIGHT + 1, SIZE - SIGN_WIDTH + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignReading:
+    """What the signs say; every field has the batch first."""
+
+    tens: Tensor  # [B] long
+    units: Tensor  # [B] long
+    x: Tensor  # [B] long, left column of the best plate
+    y: Tensor  # [B] long, top row
+    match: Tensor  # [B] normalised correlation with the best plate, at most 1
+    margin: Tensor  # [B] match minus that of the best other number at the same place
+    score: Tensor  # [B] R squared of the painted plate: blur, ghosting and fading lower it
+    count: Tensor  # [B] long, separate plates, ghosts included
+    cover: Tensor  # [B, 32, 32] bool, pixels of the best plate and of every other plate found
+
+    @property
+    def crisp(self) -> Tensor:
+        """Whether the best plate is sharp and opaque enough to be called read ``[B]``."""
+        return self.score >= CRISP
+
+
+def read_signs(images: Tensor) -> SignReading:
+    """Find the sign that correlates best with one of the hundred plates, and count signs.
+
+    With window p and template T_k, both centred, over three channels,
+    ``match = max_k <p, T_k> / (|p| |T_k|)`` and ``score = 1 - |p - T_k|^2 / |T_k|^2`` with p and
+    T_k not centred in the numerator.
+
+    Args:
+        images: ``[B, 3, 32, 32]`` in [-1, 1].
+
+    Raises:
+        BadInput: another shape, or values that are not finite.
+    """
+    picture = unit(images)
+    match, number, opacity, at = _correlate(picture)
+    best, place = match.flatten(1).max(1)
+    x, y = place % _COLUMNS, place // _COLUMNS
+    k = number.flatten(1).gather(1, place[:, None])[:, 0]
+    spread = picture_spread(picture).flatten(1).gather(1, place[:, None])[:, 0]
+    count, cover = _count(torch.where((match >= FOUND) & (opacity >= OPACITY), match, 0.0))
+    return SignReading(
+        tens=k // 10,
+        units=k % 10,
+        x=x,
+        y=y,
+        match=best,
+        margin=best - _second(at, place, k) / spread,
+        score=_fit(picture, x, y, k),
+        count=count,
+        cover=cover | _box(x, y),
+    )
+
+
+def picture_spread(picture: Tensor) -> Tensor:
+    """Norm ``[B, 26, 24]`` of every plate-sized window, channels centred one by one."""
+    box = torch.ones(1, 1, SIGN_HEIGHT, SIGN_WIDTH)
+    channels = picture.reshape(-1, 1, SIZE, SIZE)
+    total, square = conv2d(channels, box), conv2d(channels**2, box)
+    variance = (square - total**2 / _AREA).reshape(-1, 3, _ROWS, _COLUMNS)
+    return variance.clamp_min(0).sum(1).add(1e-6).sqrt()
+
+
+@cache
+def _digit_filters() -> tuple[Tensor, Tensor]:
+    """Centred filters of single digits ``[20, 1, 7, 9]`` and norms ``[10, 10]`` of their sums.
+
+    A centred plate is the sum of one filter per digit: white minus ink, less its mean.
+    """
+    ink = torch.zeros(20, SIGN_HEIGHT, SIGN_WIDTH)
+    ink[:10, 1:6, 1:4] = glyphs()
+    ink[10:, 1:6, 5:8] = glyphs()
+    filters = (PLATE - INK) * (ink.mean((1, 2), keepdim=True) - ink)
+    pairs = filters[:10, None] + filters[None, 10:]
+    return filters[:, None], pairs.flatten(2).norm(dim=2)
+
+
+def _correlate(picture: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Best match, its number and opacity ``[B, 26, 24]``; all products ``[B, 100, 26, 24]``."""
+    filters, norm = _digit_filters()
+    single = conv2d(picture.reshape(-1, 1, SIZE, SIZE), filters)
+    single = single.reshape(-1, 3, 20, _ROWS, _COLUMNS)
+    joint = single.sum(1)
+    pairs = joint[:, :10, None] + joint[:, None, 10:]
+    pairs = (pairs / (norm * 3**0.5)[..., None, None]).flatten(1, 2)
+    product, number = pairs.max(1)
+    tens, units = number // 10, number % 10 + 10
+    chosen = single.gather(2, tens[:, None, None].expand(-1, 3, 1, -1, -1)) + single.gather(
+        2, units[:, None, None].expand(-1, 3, 1, -1, -1)
+    )
+    # A plate is white and black: its weakest channel is as strong as the others.
+    opacity = chosen[:, :, 0].amin(1) / norm.flatten()[number] ** 2
+    return product / picture_spread(picture), number, opacity, pairs
+
+
+def _second(pairs: Tensor, place: Tensor, best: Tensor) -> Tensor:
+    at = pairs.flatten(2).gather(2, place[:, None, None].expand(-1, 100, 1))[..., 0]
+    return at.scatter(1, best[:, None], -torch.inf).amax(1)
+
+
+def _fit(picture: Tensor, x: Tensor, y: Tensor, number: Tensor) -> Tensor:
+    rows = (y[:, None] + torch.arange(SIGN_HEIGHT))[:, :, None]
+    columns = (x[:, None] + torch.arange(SIGN_WIDTH))[:, None, :]
+    window = picture.permute(0, 2, 3, 1)[torch.arange(len(x))[:, None, None], rows, columns]
+    template = plates()[number]
+    error = (window - template[..., None]).square().sum((1, 2, 3))
+    centred = template - template.mean((1, 2), keepdim=True)
+    return 1 - error / (3 * centred.square().sum((1, 2)))
+
+
+def _count(strength: Tensor) -> tuple[Tensor, Tensor]:
+    """Take the strongest plate, silence its neighbourhood, repeat."""
+    count = torch.zeros(len(strength), dtype=torch.long)
+    cover = torch.zeros(len(strength), SIZE, SIZE, dtype=torch.bool)
+    columns, rows = torch.arange(_COLUMNS), torch.arange(_ROWS)
+    for _ in range(MOST_SIGNS):
+        peak, place = strength.flatten(1).max(1)
+        found = peak > 0
+        if not bool(found.any()):
+            break
+        x, y = place % _COLUMNS, place // _COLUMNS
+        count += found
+        cover |= _box(x, y) & found[:, None, None]
+        near_x = (columns - x[:, None]).abs() < APART[0]
+        near_y = (rows - y[:, None]).abs() < APART[1]
+        strength = strength.masked_fill(near_y[:, :, None] & near_x[:, None, :], 0.0)
+    return count, cover
+
+
+def _box(x: Tensor, y: Tensor) -> Tensor:
+    grid = torch.arange(SIZE)
+    wide = (grid >= x[:, None]) & (grid < x[:, None] + SIGN_WIDTH)
+    high = (grid >= y[:, None]) & (grid < y[:, None] + SIGN_HEIGHT)
+    return high[:, :, None] & wide[:, None, :]

@@ -1,0 +1,75 @@
+"""Progress that suits where it runs: a bar for a person, a rare line for a log, else nothing."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+
+from turbo_lab.errors import BadInput
+
+VARIABLE = "TURBO_LAB_PROGRESS"
+MODES = ("auto", "bar", "log", "off")
+LOG_EVERY = 10.0
+"""Seconds between two lines of a log."""
+
+Tick = Callable[[int, str], None]
+"""``tick(done, note)``: so many of the total are done."""
+
+
+def progress(total: int, what: str) -> AbstractContextManager[Tick]:
+    """Show progress over ``total`` units while the context is open.
+
+    ``TURBO_LAB_PROGRESS`` chooses: ``bar``, ``log`` (a line every 10 s on standard error), ``off``,
+    or ``auto``: a bar in a terminal or a notebook a person has open, a log elsewhere.
+
+    Raises:
+        BadInput: the variable has another value.
+    """
+    mode = os.environ.get(VARIABLE, "auto")
+    if mode not in MODES:
+        raise BadInput(VARIABLE, mode, f"use one of {', '.join(MODES)}")
+    if mode == "auto":
+        mode = "bar" if _watched() else "log"
+    return {"bar": _bar, "log": _log}[mode](total, what) if mode != "off" else nullcontext(_silent)
+
+
+def _watched() -> bool:
+    if "ipykernel" in sys.modules:
+        return True
+    return sys.stderr.isatty()
+
+
+def _silent(done: int, note: str = "") -> None:
+    """Show nothing."""
+
+
+@contextmanager
+def _bar(total: int, what: str) -> Iterator[Tick]:
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc=what, leave=False) as bar:
+
+        def tick(done: int, note: str = "") -> None:
+            bar.set_postfix_str(note, refresh=False)
+            bar.update(done - bar.n)
+
+        yield tick
+
+
+@contextmanager
+def _log(total: int, what: str) -> Iterator[Tick]:
+    began = said = time.monotonic()
+
+    def tick(done: int, note: str = "") -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= LOG_EVERY:
+            said = now
+            left = (now - began) * (total - done) / max(done, 1)
+            print(f"{what}: {done}/{total} {note} ({left:.0f} s left)", file=sys.stderr, flush=True)
+
+    yield tick
