@@ -13,7 +13,7 @@ import nbformat
 import numpy as np
 import pytest
 
-from turbo_lab import notebook_files, places, run_one, runner
+from turbo_lab import figures, notebook_files, places, run_one, runner
 from turbo_lab.errors import BadInput, MissingPiece, StoreError
 
 PARAMETERS = """
@@ -135,9 +135,9 @@ def test_success_leaves_a_copy_figures_and_gathered_claims(checkout: Path) -> No
     assert outcome.figures == 1
     copy = nbformat.read(checkout / "runs" / "smoke" / "01_a.ipynb", as_version=4)
     assert copy.cells[-1].outputs[0].text == "3\n"
-    figures = checkout / "runs" / "smoke" / "figures"
-    assert (figures / "01_a" / "dot.png").exists()
-    (gathered,) = json.loads((figures / "claims.json").read_text())
+    folder = checkout / "runs" / "smoke" / "figures"
+    assert (folder / "01_a" / "dot.png").exists()
+    (gathered,) = json.loads((folder / "claims.json").read_text())
     assert gathered == {"id": "C1", "notebook": "01_a", **claim}
     assert not list((checkout / "runs" / "smoke").glob(".work-*"))
     assert not (checkout / "figures").exists()
@@ -261,10 +261,12 @@ def test_figures_of_other_profiles_stay_away_from_the_shown_ones(checkout: Path)
 def test_the_environment_of_a_worker(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
     env = run_one.environment(1, checkout)
     assert "MPLBACKEND" not in env
     assert env["OMP_NUM_THREADS"] == "1"
     assert env["JUPYTER_PATH"].startswith(sys.prefix)
+    assert env["SOURCE_DATE_EPOCH"] == figures.FIXED_DATE  # a run and a session: equal bytes
 
 
 def test_cleaning_twice_is_cleaning_once(checkout: Path) -> None:

@@ -29,7 +29,7 @@ _MODULES = (
     "streams",
     "testbeds",
 )
-__all__ = ["__version__", *_MODULES]  # noqa: PLE0604 - the modules are attributes, lazily
+__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
 
 from turbo_lab.errors import BadInput, TurboLabError
+
+if TYPE_CHECKING:
+    from turbo_lab.notebook_params import Profile
 
 
 class Spoken(TyperGroup):
@@ -38,6 +41,7 @@ OnlyOption = Annotated[
 ]
 JobsOption = Annotated[int, typer.Option(help="Notebooks at a time; 0 chooses.")]
 SeedOption = Annotated[int, typer.Option(help="Base seed, at least 0.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Train again what is there already.")]
 
 
@@ -75,12 +79,24 @@ def train(
     profile: ProfileOption = "quick",
     seed: SeedOption = 0,
     fresh: FreshOption = False,
+    device: DeviceOption = "auto",
+    ship: Annotated[
+        bool, typer.Option("--ship", help="Copy it into the package of this checkout.")
+    ] = False,
 ) -> None:
     """Train a recipe, or find it trained: in the cache, or shipped with the package."""
     _check_profile_and_seed(profile, seed)
     from turbo_lab import lab
 
-    lab.train(name, profile=profile, seed=seed, fresh=fresh, progress=True)
+    artefact = lab.train(
+        name,
+        profile=cast("Profile", profile),
+        seed=seed,
+        fresh=fresh,
+        device=device,
+        ship=ship,
+    )
+    typer.echo(f"{artefact.name}  {artefact.key}  {artefact.path}")
 
 
 @app.command()
@@ -92,7 +108,8 @@ def sample(
     steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 40,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is without.")] = 4.0,
     seed: SeedOption = 0,
-    out: Annotated[Path, typer.Option(help="The image to write.")] = Path("sample.png"),
+    out: Annotated[Path, typer.Option(help="The PNG file to write.")] = Path("sample.png"),
+    device: DeviceOption = "auto",
 ) -> None:
     """Draw pictures for captions with the teacher."""
     _check_profile_and_seed("quick", seed)
@@ -105,6 +122,7 @@ def sample(
         guidance=guidance,
         seed=seed,
         out=out,
+        device=device,
     )
     typer.echo(str(out))
 

@@ -119,7 +119,10 @@ def contact_sheet(images: Tensor, *, columns: int, enlarge: int = 3, gap: int = 
 
 
 def image_rows(
-    rows: Mapping[str, Tensor], *, columns: Sequence[str] = (), notes: Mapping[str, str] | None = None
+    rows: Mapping[str, Tensor],
+    *,
+    columns: Sequence[str] = (),
+    notes: Mapping[str, str] | None = None,
 ) -> Figure:
     """Draw one strip of images per row: same caption and same noise down each column.
 
@@ -225,7 +228,9 @@ def field_portrait(
             axis.scatter(*path[-1].T, s=5, color=ACCENT, zorder=3)
             axis.set_title(label)
         for axis in axes:
-            axis.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xticks=[], yticks=[])
+            axis.set(
+                xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xticks=[], yticks=[]
+            )
     return figure
 
 
@@ -248,7 +253,14 @@ def _one_metric(axis: Axes, rows: pd.DataFrame, x: str) -> None:
     points = rows.dropna(subset=[x]).sort_values(x)
     error = [points["value"] - points["low"], points["high"] - points["value"]]
     axis.errorbar(
-        points[x], points["value"], yerr=np.abs(error), color=ACCENT, marker="o", ms=3, lw=1.2, capsize=2
+        points[x],
+        points["value"],
+        yerr=np.abs(error),
+        color=ACCENT,
+        marker="o",
+        ms=3,
+        lw=1.2,
+        capsize=2,
     )
     if len(real):
         axis.annotate(

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
@@ -167,7 +168,7 @@ class _Run:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, flat, under unique names."""
-        out = {}
+        out: dict[str, Tensor] = {}
         for name, player in self.players.items():
             out |= {f"player/{name}/{k}": v for k, v in player.state_dict().items()}
         for k, shadow in enumerate(self.shadows):
@@ -286,10 +287,8 @@ def _round(
 
 
 def _split(draw: Draw, parts: int) -> Iterator[Draw]:
-    edges = [draw.total * k // parts for k in range(parts + 1)]
-    for start, stop in zip(edges, edges[1:], strict=False):
-        if stop > start:
-            yield draw.rows(start, stop)
+    for start, stop in pairwise(draw.total * k // parts for k in range(parts + 1)):
+        yield draw.rows(start, stop)
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

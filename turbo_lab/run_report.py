@@ -7,7 +7,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from turbo_lab import places
 
@@ -34,7 +41,7 @@ class Report:
             refresh_per_second=4,
             disable=not self.console.is_terminal,
         )
-        self.tasks = {}  # type: ignore[var-annotated]
+        self.tasks: dict[str, tuple[TaskID, int]] = {}
         self.told: dict[str, float] = {}
 
     def __enter__(self) -> Report:
@@ -68,13 +75,15 @@ class Report:
         """A notebook is done or has failed; prints its line."""
         if outcome.name in self.tasks:
             self.live.remove_task(self.tasks[outcome.name][0])
+            self.live.refresh()
         copy = places.shown(outcome.copy)
         if outcome.problem:
             self.console.print(f"{outcome.name}  FAILED  {outcome.problem}.", markup=False)
             self.console.print(f"{'':{len(outcome.name)}}  see {copy}", markup=False)
         else:
-            took = f"{duration(outcome.seconds)}, {outcome.figures} figures"
-            self.console.print(f"{outcome.name}  ok  {took}, {copy}", markup=False)
+            drawn = f"{outcome.figures} figure{'' if outcome.figures == 1 else 's'}"
+            took = duration(outcome.seconds)
+            self.console.print(f"{outcome.name}  ok  {took}, {drawn}, {copy}", markup=False)
 
 
 def duration(seconds: float) -> str:

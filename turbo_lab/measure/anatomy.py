@@ -34,11 +34,14 @@ ARM, ARM_GAP = 0.60, 0.40
 LEG, LEG_GAP = 0.50, 0.30
 RAISED_ABOVE = 88.0
 """Degrees from hanging; drawn arms are at 34-54 or 122-142."""
-APART_ABOVE = 15.0
-"""Degrees from hanging; drawn legs are at 3-8 or 22-32."""
+APART_ABOVE = 14.5
+"""Degrees from hanging; drawn legs are at 3-8 or 22-32, and the mean of two legs reads as at
+most 9.5 or at least 19.3."""
+ASKEW = 5.0
+"""A side may lie on the wrong side of the border by this much: half-pixel places tilt rays."""
 
 _ANCHOR_X, _ANCHOR_Y, _WIDTH, _HEIGHT = 7, 5, 15, 23  # kernel box around the head's centre
-_TORSO = (SHOULDER[1] + 0.6, HIP[1])
+_HEAD, _TORSO = (0.0, 0.0), (SHOULDER[1] + 0.6, HIP[1])  # top and bottom of the capsules' axes
 _ARM_ANGLES = torch.arange(15, 166, 3.0)
 _ARM_RADII = torch.arange(2.75, 6.1, 0.5)
 _HIP_ANGLES = torch.arange(-75, 76, 3.0)
@@ -131,25 +134,26 @@ def capsule(x: Tensor, y: Tensor, top: float, bottom: float, radius: float) -> T
 @cache
 def _kernels() -> Tensor:
     """Filters ``[4 half-pixel shifts * 3, 2, H, W]``: figure, head disc, torso core."""
-    filters = []
-    for shift in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5)):
-        x = (torch.arange(_WIDTH) + 0.5 - _ANCHOR_X - shift[0])[None, :]
-        y = (torch.arange(_HEIGHT) + 0.5 - _ANCHOR_Y - shift[1])[:, None]
+    shifts = ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5))
+    return torch.cat([_kernels_at(*shift) for shift in shifts])
 
-        def mean(span: tuple[float, float], outer: float, inner: float = -1.0, x=x, y=y) -> Tensor:
-            shape = capsule(x, y, *span, outer) - capsule(x, y, *span, inner)
-            return shape / shape.sum()
 
-        head, torso, none = (0.0, 0.0), _TORSO, torch.zeros(_HEIGHT, _WIDTH)
-        face = mean(head, HEAD_RADIUS) - mean(head, HEAD_RADIUS + 1.9, HEAD_RADIUS + 0.5)
-        tunic = mean(torso, TORSO_RADIUS) - mean(torso, TORSO_RADIUS + 1.9, TORSO_RADIUS + 0.5)
-        limbs = mean(torso, 6.5, TORSO_RADIUS + 0.5)  # skin around the torso: a body is near
-        filters += [
-            torch.stack([face + limbs, tunic]),
-            torch.stack([mean(head, HEAD_RADIUS - 0.5), none]),
-            torch.stack([none, mean(torso, TORSO_RADIUS - 0.5)]),
-        ]
-    return torch.stack(filters)
+def _kernels_at(right: float, down: float) -> Tensor:
+    x = (torch.arange(_WIDTH) + 0.5 - _ANCHOR_X - right)[None, :]
+    y = (torch.arange(_HEIGHT) + 0.5 - _ANCHOR_Y - down)[:, None]
+
+    def mean(span: tuple[float, float], outer: float, inner: float = -1.0) -> Tensor:
+        shape = capsule(x, y, *span, outer) - capsule(x, y, *span, inner)
+        return shape / shape.sum()
+
+    none = torch.zeros(_HEIGHT, _WIDTH)
+    face = mean(_HEAD, HEAD_RADIUS) - mean(_HEAD, HEAD_RADIUS + 1.9, HEAD_RADIUS + 0.5)
+    tunic = mean(_TORSO, TORSO_RADIUS) - mean(_TORSO, TORSO_RADIUS + 1.9, TORSO_RADIUS + 0.5)
+    limbs = mean(_TORSO, 6.5, TORSO_RADIUS + 0.5)  # skin around the torso: a body is near
+    figure = torch.stack([face + limbs, tunic])
+    head = torch.stack([mean(_HEAD, HEAD_RADIUS - 0.5), none])
+    torso = torch.stack([none, mean(_TORSO, TORSO_RADIUS - 0.5)])
+    return torch.stack([figure, head, torso])
 
 
 def _responses(skin: Tensor, cloth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,7 +215,10 @@ def _angle(profile: Tensor, angles: Tensor) -> Tensor:
 
 
 def _pose(angle: Tensor, border: float, complete: Tensor) -> Tensor:
-    """Index 0 when both sides are above the border, 1 when both are below, else -1."""
-    above = angle > border
-    pose = torch.where(above.all(1), 0, torch.where((~above).all(1), 1, -1))
-    return torch.where(complete, pose, -1)
+    """Index 0 for above the border, 1 for below; -1 when the sides disagree or one lacks.
+
+    The mean decides: a sideways error of the figure's place tilts both sides oppositely.
+    """
+    above = angle.mean(1) > border
+    agree = torch.where(above, angle.amin(1) > border - ASKEW, angle.amax(1) < border + ASKEW)
+    return torch.where(complete & agree, torch.where(above, 0, 1), -1)

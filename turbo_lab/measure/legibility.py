@@ -72,7 +72,7 @@ def read_signs(images: Tensor) -> SignReading:
     best, place = match.flatten(1).max(1)
     x, y = place % _COLUMNS, place // _COLUMNS
     k = number.flatten(1).gather(1, place[:, None])[:, 0]
-    spread = picture_spread(picture).flatten(1).gather(1, place[:, None])[:, 0]
+    spread = _spread(picture).flatten(1).gather(1, place[:, None])[:, 0]
     count, cover = _count(torch.where((match >= FOUND) & (opacity >= OPACITY), match, 0.0))
     return SignReading(
         tens=k // 10,
@@ -87,7 +87,7 @@ def read_signs(images: Tensor) -> SignReading:
     )
 
 
-def picture_spread(picture: Tensor) -> Tensor:
+def _spread(picture: Tensor) -> Tensor:
     """Norm ``[B, 26, 24]`` of every plate-sized window, channels centred one by one."""
     box = torch.ones(1, 1, SIGN_HEIGHT, SIGN_WIDTH)
     channels = picture.reshape(-1, 1, SIZE, SIZE)
@@ -117,7 +117,7 @@ def _correlate(picture: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     single = single.reshape(-1, 3, 20, _ROWS, _COLUMNS)
     joint = single.sum(1)
     pairs = joint[:, :10, None] + joint[:, None, 10:]
-    pairs = (pairs / (norm * 3**0.5)[..., None, None]).flatten(1, 2)
+    pairs = pairs.div_((norm * 3**0.5)[..., None, None]).flatten(1, 2)
     product, number = pairs.max(1)
     tens, units = number // 10, number % 10 + 10
     chosen = single.gather(2, tens[:, None, None].expand(-1, 3, 1, -1, -1)) + single.gather(
@@ -125,7 +125,7 @@ def _correlate(picture: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
     # A plate is white and black: its weakest channel is as strong as the others.
     opacity = chosen[:, :, 0].amin(1) / norm.flatten()[number] ** 2
-    return product / picture_spread(picture), number, opacity, pairs
+    return product / _spread(picture), number, opacity, pairs
 
 
 def _second(pairs: Tensor, place: Tensor, best: Tensor) -> Tensor:

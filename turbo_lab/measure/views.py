@@ -8,7 +8,8 @@ from torch import Tensor
 from turbo_lab.errors import BadInput
 from turbo_lab.postcards import SIZE
 
-_LUMA = (0.299, 0.587, 0.114)
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in luminance (Rec. 601)."""
 
 
 def checked(images: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ def unit(images: Tensor) -> Tensor:
 
 def luma(images: Tensor) -> Tensor:
     """Luminance ``[B, 32, 32]`` (Rec. 601 weights) in [-1, 1]."""
-    return torch.einsum("bchw,c->bhw", checked(images), torch.tensor(_LUMA))
+    return torch.einsum("bchw,c->bhw", checked(images), torch.tensor(LUMA))
 
 
 def chroma(images: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from turbo_lab.field import Field, frozen, guided
 from turbo_lab.fit import Batch
 from turbo_lab.postcards import SIZE, Caption, Scenes, caption_tokens, draw_scenes, render
-from turbo_lab.postcards.captions import TOKENS, VOCABULARY, null_tokens
+from turbo_lab.postcards.captions import VOCABULARY, null_tokens
 from turbo_lab.streams import Draw, seed_for
 
 PATCH = 2  # of the pixel-unshuffle and of Qwen's packing: a token is a 4x4 pixel patch
@@ -65,7 +65,7 @@ class PostcardNet(nn.Module):
         )
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        """Return the velocity at ``x_t`` ``[B, 12, 16, 16]``, times ``[B]``, captions ``[B, 5]``."""
+        """Return the velocity for ``x_t [B, 12, 16, 16]``, ``t [B]``, captions ``c [B, 5]``."""
         rows = x_t.shape[0]
         tokens = self.transformer(
             hidden_states=pack(x_t),

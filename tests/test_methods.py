@@ -1,0 +1,96 @@
+"""Every method of the registry keeps the same promises, in a world where all is closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from gaussian_world import GaussianField, gaussian_batches
+
+from turbo_lab.fit import Objective, Optimiser, fit
+from turbo_lab.methods import METHODS
+from turbo_lab.methods.flow import FlowMatching
+from turbo_lab.streams import Draw
+
+BUILD: dict[str, Callable[[GaussianField], Objective]] = {
+    "flow": lambda student: FlowMatching(student=student),
+}
+
+
+def gradient(method: Objective, student: GaussianField, n: int, seed: int = 0) -> torch.Tensor:
+    """Per-sample gradients ``[n, 2]`` of the student's turns with respect to (mean, log std)."""
+    draw = Draw(seed=seed, step=0, total=n)
+    parameters = [student.mean, student.log_std]
+    rows = []
+    for turn in method.turns():
+        if "student" not in turn.moves:
+            continue
+        loss = sum(turn.loss(gaussian_batches(draw), draw).values())
+        for part in loss.reshape(50, -1).mean(1):  # 50 groups: their spread is the error bar
+            grads = torch.autograd.grad(part, parameters, retain_graph=True)
+            rows.append(torch.stack(grads))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_built_for_the_gaussian_world(name: str) -> None:
+    assert name in BUILD, "give the new method a builder above, so that it is tested"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_exact_answer_is_stationary(name: str) -> None:
+    student = GaussianField()
+    groups = gradient(BUILD[name](student), student, n=20_000)
+    error = groups.std(0) / len(groups) ** 0.5
+    assert bool((groups.mean(0).abs() < 4 * error).all())
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("mean", "std"), [(1.9, 0.7), (1.1, 0.7), (1.5, 1.0), (1.5, 0.5)])
+def test_a_perturbed_student_is_pointed_home(name: str, mean: float, std: float) -> None:
+    student = GaussianField(mean, std)
+    slope = gradient(BUILD[name](student), student, n=20_000).mean(0)
+    away = torch.tensor([mean - 1.5, std - 0.7])
+    moved = away.abs().argmax()
+    assert slope[moved] * away[moved] > 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_losses_are_per_sample_finite_and_the_same_for_any_micro_batch(name: str) -> None:
+    student = GaussianField()
+    for turn in BUILD[name](student).turns():
+        draw = Draw(seed=0, step=3, total=12)
+        whole = turn.loss(gaussian_batches(draw), draw)
+        parts = [turn.loss(gaussian_batches(d), d) for d in (draw.rows(0, 5), draw.rows(5, 12))]
+        for term, loss in whole.items():
+            assert loss.shape == (12,)
+            assert bool(loss.isfinite().all())
+            torch.testing.assert_close(loss, torch.cat([part[term] for part in parts]))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_runs_of_one_seed_give_the_same_bits(name: str) -> None:
+    ends = []
+    for _ in range(2):
+        student = GaussianField(0.5, 1.2)
+        method = BUILD[name](student)
+        plan = {player: Optimiser(lr=0.01) for player in method.players}
+        list(fit(method, gaussian_batches, steps=10, batch_size=16, seed=4, optimisers=plan))
+        ends.append(torch.stack([student.mean, student.log_std]).detach())
+    assert torch.equal(*ends)
+
+
+def test_flow_drops_conditions_at_its_rate() -> None:
+    seen = []
+
+    class Watching(GaussianField):
+        def forward(self, x_t: torch.Tensor, t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+            seen.append(c)
+            return super().forward(x_t, t, c)
+
+    null = torch.full((1, 1), 9)
+    draw = Draw(seed=0, step=0, total=20_000)
+    FlowMatching(student=Watching(), null=null, drop=0.1).loss(gaussian_batches(draw), draw)
+    share = float((seen[0] == 9).float().mean())
+    assert share == pytest.approx(0.1, abs=4 * (0.1 * 0.9 / 20_000) ** 0.5)
