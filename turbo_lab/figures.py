@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +45,20 @@ FIXED_DATE = "1735689600"
 """2025-01-01: the date in an SVG, so that a rerun writes the same bytes."""
 
 
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Picture:
+    """A saved figure; a notebook shows the very bytes that were saved."""
+
+    name: str
+    png: bytes
+
+    def __repr__(self) -> str:
+        return f"figure {self.name}"
+
+    def _repr_png_(self) -> bytes:
+        return self.png
+
+
 def style() -> AbstractContextManager[None]:
     """Return the drawing style as a context."""
     return mpl.rc_context(STYLE)
@@ -55,8 +72,8 @@ def save(
     data: Mapping[str, Any],
     parameters: Mapping[str, Any],
     artefact_keys: Sequence[str],
-) -> Figure:
-    """Write ``name.png``, ``name.svg`` and the sidecar ``name.json``; return the figure.
+) -> Picture:
+    """Write ``name.png``, ``name.svg`` and the sidecar ``name.json``; return the PNG to display.
 
     The same data give the same bytes: dates and identifiers are fixed.
 
@@ -68,15 +85,15 @@ def save(
         parameters: the notebook's.
         artefact_keys: of everything that went in.
     """
-    import io
-
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("SOURCE_DATE_EPOCH", FIXED_DATE)
+    drawn: dict[str, bytes] = {}
     with style():
         for kind, metadata in (("png", {"Software": "turbo_lab"}), ("svg", {"Date": None})):
             buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, bbox_inches="tight", metadata=metadata)
-            atomic_write_bytes(folder / f"{name}.{kind}", buffer.getvalue())
+            drawn[kind] = buffer.getvalue()
+            atomic_write_bytes(folder / f"{name}.{kind}", drawn[kind])
     side = {
         "figure": name,
         "data": rounded(data),
@@ -86,7 +103,7 @@ def save(
     }
     text = json.dumps(side, indent=1, ensure_ascii=False, default=str)
     atomic_write_text(folder / f"{name}.json", text + "\n")
-    return figure
+    return Picture(name=name, png=drawn["png"])
 
 
 def rounded(value: Any, digits: int = 6) -> Any:
@@ -150,6 +167,45 @@ def image_rows(
             axes[0].xaxis.tick_top()
             axes[0].tick_params(length=0)
         figure.subplots_adjust(hspace=0.06)
+    return figure
+
+
+def postcard_sheet(images: Tensor, captions: Sequence[str], *, columns: int = 4) -> Figure:
+    """Draw postcards ``[B, 3, H, W]`` in [-1, 1], each above its caption."""
+    rows = -(-len(images) // columns)
+    with style():
+        figure = Figure(figsize=(2.05 * columns, 2.3 * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axis, image, caption in zip(axes, images, captions, strict=False):
+            axis.imshow(contact_sheet(image[None], columns=1), interpolation="nearest")
+            axis.set_title("\n".join(textwrap.wrap(caption, 34)), fontsize=6.5, y=-0.02, va="top")
+        for axis in axes:
+            _bare(axis)
+    return figure
+
+
+def time_lines(rows: Mapping[str, Sequence[float]]) -> Figure:
+    """Draw each schedule as the times at which a sampler stops on its way from 1 to 0."""
+    with style():
+        figure = Figure(figsize=(7.2, 0.36 * len(rows) + 0.8), layout="constrained")
+        axis = figure.subplots()
+        for y, times in enumerate(reversed(rows.values())):
+            axis.plot(times, [y] * len(times), color=SOFT, lw=0.8, zorder=1)
+            axis.scatter(times, [y] * len(times), s=16, color=ACCENT, zorder=2)
+            if len(times) <= 5:
+                for t in times[:-1]:
+                    axis.annotate(
+                        f"{t:.3g}",
+                        (t, y),
+                        (0, 4),
+                        textcoords="offset points",
+                        ha="center",
+                        fontsize=7,
+                    )
+        axis.set_yticks(range(len(rows)), list(reversed(rows)))
+        axis.set(
+            xlim=(1.03, -0.03), ylim=(-0.6, len(rows) - 0.2), xlabel="t (1 is noise, 0 is data)"
+        )
     return figure
 
 

@@ -4,13 +4,13 @@ Nothing is told: the figure is looked for over the whole picture on half pixels.
 chosen on the ``select`` stream (1,000 scenes, fresh, with noise of standard deviation 0.04 and
 with each part removed), never on ``eval``, midway between what is there and what is not:
 
-- `SKIN_FULL`, `SKIN_NONE`: colour distances; skin lies within 0.01 of its colour, 99.9% of
-  every ground beyond 0.29.
-- `HEAD`: disc mean at a head at least 0.91, anywhere else at most 0.78.
-- `TORSO`: mean at a torso at least 0.78.
-- `ARM`, `LEG`: ray means of a limb at least 0.88 and 0.71 (a ring about the hips meets a leg
-  askew), elsewhere at most 0.50 and 0.38; a second limb counts after a dip below `ARM_GAP`,
-  `LEG_GAP`.
+- `SKIN_FULL`, `SKIN_NONE`: skin lies within 0.01 of its colour, 99.9% of every ground beyond 0.29.
+- `HEAD`: disc mean at a head at least 0.91, elsewhere or without the head at most 0.79.
+- `TORSO`: mean at a torso at least 0.77, and 0 without it.
+- `ARM`: ray mean of an arm at least 0.87, where it was removed at most 0.50.
+- `LEG`: ring mean of a leg at least 0.70 (a ring about the hips meets legs askew), where it was
+  removed at most 0.44. A second limb counts after a dip below `ARM_GAP`, `LEG_GAP`; between two
+  legs the profile falls to 0.16 or less.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GARMENT_NONE, GARMENT_FULL = 0.45, 0.55
 """Chroma where a pixel stops and starts to look like cloth; garments have 0.55 to 0.75."""
 HEAD, TORSO = 0.85, 0.60
 ARM, ARM_GAP = 0.60, 0.40
-LEG, LEG_GAP = 0.50, 0.30
+LEG, LEG_GAP = 0.55, 0.30
 RAISED_ABOVE = 88.0
 """Degrees from hanging; drawn arms are at 34-54 or 122-142."""
 APART_ABOVE = 14.5

@@ -1,6 +1,6 @@
 """Colour: the garment's hue and its modes, saturation, chroma, contrast, clipping.
 
-`HUE_TOLERANCE` was chosen on the ``select`` stream: fresh hues read within 9.5 degrees of their
+`HUE_TOLERANCE` was chosen on the ``select`` stream: fresh hues read within 9 degrees of their
 mode's centre (draws are cut at 9), and the closest two modes are 35 degrees apart.
 """
 

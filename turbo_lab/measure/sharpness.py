@@ -16,7 +16,8 @@ _RINGS = SIZE // 2
 def radial_power(images: Tensor) -> Tensor:
     """Mean power per frequency on rings k = 1 .. 16 cycles per image, ``[B, 16]``.
 
-    Hann window, mean removed; scaled so that white noise of variance s^2 gives s^2 everywhere.
+    Hann window, mean removed; scaled so that white noise of variance s^2 gives s^2 from ring 2 on
+    (removing the mean takes a third of ring 1).
     """
     ring = _rings()
     power = _power(images).flatten(1)
@@ -25,13 +26,13 @@ def radial_power(images: Tensor) -> Tensor:
 
 
 def psd_slope(images: Tensor) -> Tensor:
-    """Slope ``[B]`` of log power over log frequency, least squares over rings 1 .. 16.
+    """Slope ``[B]`` of log power over log frequency, least squares over rings 2 .. 16.
 
     White noise has 0, blur makes it more negative; a power law ``f^-a`` gives ``-a``.
     """
-    x = torch.arange(1, _RINGS + 1).log()
+    x = torch.arange(2, _RINGS + 1).log()
     x = x - x.mean()
-    return (radial_power(images).clamp_min(1e-12).log() * x).sum(1) / x.square().sum()
+    return (radial_power(images)[:, 1:].clamp_min(1e-12).log() * x).sum(1) / x.square().sum()
 
 
 def high_frequency_share(images: Tensor) -> Tensor:

@@ -1,0 +1,193 @@
+"""Acceptance bars: every promised figure recomputed from the shipped artefacts, one line each.
+
+``turbo-lab bars`` trusts no stored number: it loads the shipped weights, samples, measures, times
+and compares. A new bar is a function and a line in `BARS`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+from turbo_lab.claims import Interval, wilson
+from turbo_lab.errors import BadInput
+from turbo_lab.lab import TEACHER_STEPS, Lab, Sampling, open_lab
+from turbo_lab.store import Store
+
+CAPTIONS = 1000
+"""Held-out captions behind the teacher's bars."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """A measured value and the limit it must keep."""
+
+    name: str
+    value: float
+    side: Literal["at least", "at most"]
+    limit: float
+    unit: str = ""
+    interval: Interval | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the value keeps the limit."""
+        return self.value >= self.limit if self.side == "at least" else self.value <= self.limit
+
+    def __str__(self) -> str:
+        around = f" [{self.interval.low:.4g}, {self.interval.high:.4g}]" if self.interval else ""
+        unit = f" {self.unit}" if self.unit else ""
+        verdict = "ok" if self.ok else "short"
+        return f"{self.name} {self.value:.4g}{around}{unit}, {self.side} {self.limit:g} {verdict}"
+
+
+def teacher_quality() -> Iterator[Bar]:
+    """The shipped teacher at 40 guided steps on 1,000 held-out captions."""
+    rows = _teacher_table()
+    yield _rate("teacher.signs_read", rows["sign_read"], 0.98)
+    yield _rate("teacher.whole_body", rows["whole_body"], 0.90)
+    kl = rows["hue_kl"]
+    yield Bar(
+        name="teacher.hue_kl",
+        value=kl.value,
+        side="at most",
+        limit=0.05,
+        unit="nats",
+        interval=kl,
+    )
+    for ground in ("moss", "fur"):
+        ratio = rows[f"{ground}_energy"]
+        yield Bar(
+            name=f"teacher.{ground}_energy_error",
+            value=abs(ratio.value - 1),
+            side="at most",
+            limit=0.15,
+            unit="of real",
+        )
+
+
+def teacher_speed() -> Iterator[Bar]:
+    """Seconds for 256 images at 40 guided steps (80 NFE)."""
+    lab = _lab()
+    _, nfe, seconds = lab.draw(Sampling(steps=TEACHER_STEPS, n=256), "256 images, 80 NFE")
+    yield Bar(name="teacher.seconds_256", value=seconds * 256, side="at most", limit=60, unit="s")
+    yield Bar(name="teacher.nfe", value=nfe, side="at most", limit=2 * TEACHER_STEPS)
+
+
+def teacher_size() -> Iterator[Bar]:
+    """Size of the shipped weights."""
+    size = _lab().artefact.file("weights.safetensors").stat().st_size / 1e6
+    yield Bar(name="teacher.megabytes", value=size, side="at most", limit=12, unit="MB")
+
+
+def teacher_replay() -> Iterator[Bar]:
+    """Largest relative difference between the recorded and the replayed training losses."""
+    from turbo_lab.training import recorded, replay
+
+    lab = _lab()
+    then, now = recorded(lab.artefact), replay(lab.recipe, lab.artefact)
+    pairs = zip((*then.first, *then.last), (*now.first, *now.last), strict=True)
+    worst = max(abs(a - b) / a for a, b in pairs)
+    yield Bar(name="teacher.replay_error", value=worst, side="at most", limit=0.01)
+
+
+def renderer_speed() -> Iterator[Bar]:
+    """Postcards rendered per second, the best of five passes of 2,048."""
+    from turbo_lab.postcards import draw_scenes, render
+
+    rates = []
+    for _ in range(5):
+        began = time.perf_counter()
+        render(draw_scenes("train", range(2048)))
+        rates.append(2048 / (time.perf_counter() - began))
+    yield Bar(
+        name="renderer.images_per_second", value=max(rates), side="at least", limit=5000, unit="/s"
+    )
+
+
+def oracles() -> Iterator[Bar]:
+    """Every oracle on 1,000 fresh and 1,000 edited postcards."""
+    from turbo_lab.measure import edited_truth, fresh_truth
+
+    for row in fresh_truth(n=1000).itertuples():
+        name = f"oracle.fresh.{row.oracle}".replace(" ", "_")
+        yield _rate(name, wilson(row.right, row.n), 0.995)
+    for row in edited_truth(n=1000).itertuples():
+        name = f"oracle.edited.{row.edit}.{row.oracle}".replace(", ", "_").replace(" ", "_")
+        yield _rate(name, wilson(row.right, row.n), 0.99)
+
+
+def import_time() -> Iterator[Bar]:
+    """Seconds that ``import turbo_lab`` takes, median of seven processes."""
+    code = "import time; t = time.perf_counter(); import turbo_lab; print(time.perf_counter() - t)"
+    command = [sys.executable, "-c", code]
+    times = [float(subprocess.check_output(command, text=True)) for _ in range(7)]
+    yield Bar(
+        name="package.import_seconds",
+        value=statistics.median(times),
+        side="at most",
+        limit=0.3,
+        unit="s",
+    )
+
+
+BARS: Mapping[str, Callable[[], Iterator[Bar]]] = MappingProxyType(
+    {
+        "package": import_time,
+        "renderer": renderer_speed,
+        "oracle": oracles,
+        "teacher.size": teacher_size,
+        "teacher.replay": teacher_replay,
+        "teacher.speed": teacher_speed,
+        "teacher.quality": teacher_quality,
+    }
+)
+
+
+def main(only: str | None = None) -> int:
+    """Print one line per bar; return 1 if one is short.
+
+    Raises:
+        BadInput: ``only`` begins no name of `BARS`.
+    """
+    chosen = [name for name in BARS if name.startswith(only or "")]
+    if not chosen:
+        raise BadInput("only", only, f"choose one of {', '.join(BARS)}")
+    short = 0
+    for name in chosen:
+        for bar in BARS[name]():
+            print(bar, flush=True)
+            short += not bar.ok
+    return int(short > 0)
+
+
+@cache
+def _lab() -> Lab:
+    """The shipped teacher, behind an empty cache: nothing stored is used but the artefacts."""
+    empty = Path(tempfile.mkdtemp(prefix="turbo-lab-bars-"))
+    return open_lab(device="cpu", store=Store(cache=empty, shipped=Store.default().shipped))
+
+
+@cache
+def _teacher_table() -> dict[str, Interval]:
+    from turbo_lab.quality import Yardstick
+
+    lab = _lab()
+    what = f"{CAPTIONS} captions, {TEACHER_STEPS} guided steps"
+    sampling = Sampling(steps=TEACHER_STEPS, n=CAPTIONS)
+    images, _, _ = lab.draw(sampling, what)
+    table = Yardstick().table(images, lab.testbed.prompts(CAPTIONS))
+    return {r.metric: Interval(value=r.value, low=r.low, high=r.high) for r in table.itertuples()}
+
+
+def _rate(name: str, interval: Interval, limit: float) -> Bar:
+    return Bar(name=name, value=interval.value, side="at least", limit=limit, interval=interval)
