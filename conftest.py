@@ -9,6 +9,7 @@ from hypothesis import settings
 
 # A backend named in the environment silently drops every figure of a notebook.
 os.environ.pop("MPLBACKEND", None)
+os.environ["TURBO_LAB_PROGRESS"] = "off"  # a bar never looks the same twice
 
 # Shared machines are slow at times: examples are fixed and carry no deadline.
 settings.register_profile("steady", deadline=None, derandomize=True)

@@ -94,7 +94,7 @@ def teacher_replay() -> Iterator[Bar]:
     from turbo_lab.training import recorded, replay
 
     lab = _lab()
-    then, now = recorded(lab.artefact), replay(lab.recipe, lab.artefact)
+    then, now = recorded(lab.artefact), replay(lab.recipe, lab.artefact, lab.store)
     pairs = zip((*then.first, *then.last), (*now.first, *now.last), strict=True)
     worst = max(abs(a - b) / a for a, b in pairs)
     yield Bar(name="teacher.replay_error", value=worst, side="at most", limit=0.01)

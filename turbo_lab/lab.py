@@ -31,6 +31,7 @@ from turbo_lab.sample import draw_samples
 from turbo_lab.store import Artefact, Store
 from turbo_lab.testbeds.postcards import Postcards
 from turbo_lab.training import load_net, trained
+from turbo_lab.validation import allowed
 
 TEACHER_STEPS = 40
 TEACHER_GUIDANCE = 4.0
@@ -245,7 +246,7 @@ def checked_sampling(values: Mapping[str, object]) -> Sampling:
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
-        raise BadInput(name, first["input"], first["msg"].lower()) from None
+        raise BadInput(name, first["input"], allowed(Sampling.model_fields[name])) from None
 
 
 def _trained(recipe: Recipe, *, store: Store, fresh: bool, device: str) -> Artefact:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic.fields import FieldInfo
 
 from turbo_lab.errors import BadInput
+from turbo_lab.validation import allowed
 
 Profile = Literal["smoke", "quick", "paper"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -109,24 +109,7 @@ def _said(
 def _allowed(name: str, key: str) -> str:
     fields = model_for(name).model_fields
     if key in fields:
-        return _range(fields[key])
+        return allowed(fields[key])
     near = difflib.get_close_matches(key, fields, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return f"{name} has no such parameter{hint}; it has {', '.join(fields)}"
-
-
-def _range(field: FieldInfo) -> str:
-    kind: Any = field.annotation
-    if get_origin(kind) is Literal:
-        return "use one of " + ", ".join(map(repr, get_args(kind)))
-    bounds = {
-        word: getattr(mark, word)
-        for mark in field.metadata
-        for word in ("ge", "le")
-        if getattr(mark, word, None) is not None
-    }
-    noun = {int: "an integer", float: "a number", bool: "True or False", str: "text"}[kind]
-    if len(bounds) == 2:
-        return f"use {noun} from {bounds['ge']} to {bounds['le']}"
-    limits = {"ge": "of at least", "le": "of at most"}
-    return " ".join([f"use {noun}", *(f"{limits[word]} {bound}" for word, bound in bounds.items())])

@@ -23,6 +23,7 @@ from turbo_lab.postcards.captions import GROUNDS
 RATES = {
     "sign_read": "signs read",
     "ghost_signs": "ghost signs",
+    "sign_lost": "signs lost",
     "whole_body": "whole bodies",
     "pose_right": "pose as prompted",
     "digits_right": "digits right, however faint",

@@ -76,6 +76,12 @@ class Recipe(_Frozen):
         """Name of the artefact in the store."""
         return f"{self.testbed}/{self.name}"
 
+    @property
+    def before(self) -> Recipe | None:
+        """The recipe without its last stage: what that stage starts from, if anything."""
+        kept = self.stages[:-1]
+        return self.model_copy(update={"stages": kept}) if kept else None
+
     def spec(self) -> dict[str, Any]:
         """What the key of the artefact is made of."""
         return self.model_dump(mode="json")

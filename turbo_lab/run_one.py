@@ -109,6 +109,7 @@ def environment(threads: int, work: Path) -> dict[str, str]:
         "JUPYTER_RUNTIME_DIR": str(work / "jupyter"),
         "IPYTHONDIR": str(work / "ipython"),
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        "TURBO_LAB_PROGRESS": "off",  # the runner shows progress; copies keep no bars
         "TURBO_LAB_ROOT": str(places.root()),
     }
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from turbo_lab.atomic import atomic_write_text, save_tensors
 from turbo_lab.cpu import tune_allocator
+from turbo_lab.errors import MissingPiece
 from turbo_lab.fit import Objective, Record, Saving, Shadow, fit
 from turbo_lab.methods import METHODS
 from turbo_lab.postcards.captions import null_tokens
@@ -24,6 +25,8 @@ from turbo_lab.testbeds.postcards import PostcardNet, spawn_net, train_batch
 
 HISTORY_EVERY = 20
 """Steps per line of history.jsonl (a line is the mean over them)."""
+SAVE_SECONDS = 60.0
+"""Seconds between two checkpoints: what a kill can cost."""
 TRACE_STEPS = 3
 """Steps recorded by each half of a replay trace."""
 
@@ -49,11 +52,33 @@ def trained(
 ) -> Artefact:
     """Return the artefact of a recipe: from the cache, else shipped, else trained now.
 
+    Each stage is an artefact of its own and starts from the averaged weights of the one before.
     A killed training continues from its last checkpoint; two processes asking at once train once.
     """
-    store = store or Store.default()
-    make = partial(_make, recipe, store, device, watch or _unwatched)
+    store, watch = store or Store.default(), watch or _unwatched
+    if not fresh and (found := store.find(recipe.artefact, recipe.spec())):
+        return found  # without asking for the stages before it
+    if recipe.before is not None:
+        trained(recipe.before, store=store, fresh=fresh, device=device, watch=watch)
+    make = partial(_make, recipe, store, device, watch)
     return store.get_or_make(recipe.artefact, recipe.spec(), make, fresh=fresh)
+
+
+def starting_net(recipe: Recipe, store: Store) -> PostcardNet:
+    """Build the network that the last stage of a recipe starts from.
+
+    Raises:
+        MissingPiece: the stage before it is not in the store.
+    """
+    if recipe.before is None:
+        return spawn_net(recipe.net, recipe.seed)
+    found = store.find(recipe.artefact, recipe.before.spec())
+    if found is None:
+        raise MissingPiece(
+            f"{recipe.artefact} starts from a stage that is not in the store; "
+            f"run turbo-lab train {recipe.name} --fresh."
+        )
+    return load_net(recipe.before, found).train().requires_grad_(True)
 
 
 def load_net(recipe: Recipe, artefact: Artefact) -> PostcardNet:
@@ -63,11 +88,10 @@ def load_net(recipe: Recipe, artefact: Artefact) -> PostcardNet:
     return net.eval().requires_grad_(False)
 
 
-def replay(recipe: Recipe, artefact: Artefact) -> Trace:
+def replay(recipe: Recipe, artefact: Artefact, store: Store) -> Trace:
     """Run today's code for the steps that the artefact's trace recorded."""
-    stage = recipe.stages[-1]
-    start, finished = spawn_net(recipe.net, recipe.seed), load_net(recipe, artefact)
-    return Trace(first=_losses(stage, recipe, start), last=_losses(stage, recipe, finished))
+    start, finished = starting_net(recipe, store), load_net(recipe, artefact)
+    return Trace(first=_losses(recipe, start), last=_losses(recipe, finished))
 
 
 def recorded(artefact: Artefact) -> Trace:
@@ -84,13 +108,13 @@ def history(artefact: Artefact) -> list[dict[str, Any]]:
 
 def _make(recipe: Recipe, store: Store, device: str, watch: Watch, folder: Path) -> None:
     tune_allocator()
-    (stage,) = recipe.stages
+    stage = recipe.stages[-1]
     work = store.workdir(recipe.artefact, recipe.spec())
-    net = spawn_net(recipe.net, recipe.seed).to(device)
+    net = starting_net(recipe, store).to(device)
     average = copy.deepcopy(net).requires_grad_(False)
     lines = _History(work / "history.jsonl")
-    saving = Saving(checkpoints=Checkpoints(folder=work), every_seconds=60)
-    for record in _fit(stage, recipe, net, average, saving):
+    saving = Saving(checkpoints=Checkpoints(folder=work), every_seconds=SAVE_SECONDS)
+    for record in _fit(recipe, net, average, saving):
         lines.add(record, last=record.step == stage.steps)
         watch(record, stage.steps)
     # Half precision holds an averaged weight to 3 digits more than its own training noise.
@@ -99,8 +123,8 @@ def _make(recipe: Recipe, store: Store, device: str, watch: Watch, folder: Path)
     finished = spawn_net(recipe.net, recipe.seed)
     finished.load_state_dict({k: v.float() for k, v in weights.items()})
     trace = {
-        "first": _losses(stage, recipe, spawn_net(recipe.net, recipe.seed)),
-        "last": _losses(stage, recipe, finished),
+        "first": _losses(recipe, starting_net(recipe, store)),
+        "last": _losses(recipe, finished),
     }
     atomic_write_text(folder / "trace.json", json.dumps(trace))
     atomic_write_text(folder / "history.jsonl", lines.text())
@@ -112,28 +136,29 @@ def objective_of(stage: Stage, net: nn.Module) -> Objective:
 
 
 def _fit(
-    stage: Stage,
     recipe: Recipe,
     net: PostcardNet,
     average: PostcardNet | None = None,
     saving: Saving | None = None,
 ) -> Iterator[Record]:
+    stage = recipe.stages[-1]
+    seen = sum(s.steps * s.batch_size for s in recipe.stages[:-1])
     shadows = (Shadow(of="student", average=average, decay=stage.ema),) if average else ()
     device = next(net.parameters()).device
     return fit(
         objective_of(stage, net.train()),
-        lambda draw: train_batch(draw, seed=recipe.seed, device=device),
+        lambda draw: train_batch(draw, seed=recipe.seed, skip=seen, device=device),
         steps=stage.steps,
         batch_size=stage.batch_size,
-        seed=recipe.seed,
+        seed=recipe.seed + 1000 * (len(recipe.stages) - 1),  # other noise in every stage
         optimisers={name: rates.optimiser() for name, rates in stage.rates.items()},
         shadows=shadows,
         saving=saving,
     )
 
 
-def _losses(stage: Stage, recipe: Recipe, net: PostcardNet) -> tuple[float, ...]:
-    records = islice(_fit(stage, recipe, net), TRACE_STEPS)
+def _losses(recipe: Recipe, net: PostcardNet) -> tuple[float, ...]:
+    records = islice(_fit(recipe, net), TRACE_STEPS)
     return tuple(sum(record.terms.values()) for record in records)
 
 

@@ -58,8 +58,9 @@ def report(images: Tensor, fields: Tensor, reading: Reading | None = None) -> di
     """Per-image values ``[B]`` of every measurement, against what the captions ask for.
 
     Rates (bool): ``sign_read`` (both digits right and crisp), ``digits_right`` (right however
-    faint), ``sign_crisp``, ``ghost_signs`` (more than one sign), ``whole_body``, ``pose_right``,
-    ``arms_right``, ``legs_right`` (both present, as prompted), ``ground_right``.
+    faint), ``sign_crisp``, ``ghost_signs`` (more than one sign), ``sign_lost`` (none),
+    ``whole_body``, ``pose_right``, ``arms_right``, ``legs_right`` (both present, as prompted),
+    ``ground_right``.
     Counts (long): ``signs``, ``heads``, ``arms``, ``legs``; ``torso`` (bool); ``hue_mode`` (-1 off
     every mode). Measures (float): ``sign_score``, ``hue`` (degrees), ``garment_saturation``,
     ``saturation``, ``chroma``, ``contrast``, ``clipped``, ``high_frequency_share``, ``psd_slope``,
@@ -88,6 +89,7 @@ def report(images: Tensor, fields: Tensor, reading: Reading | None = None) -> di
         "sign_score": sign.score,
         "signs": sign.count,
         "ghost_signs": sign.count > 1,
+        "sign_lost": sign.count == 0,
         "whole_body": body.whole,
         "heads": body.heads,
         "torso": body.torso,

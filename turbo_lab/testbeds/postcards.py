@@ -34,7 +34,7 @@ class NetSize(BaseModel):
 
     layers: int = Bound(4, ge=1, le=60)
     heads: int = Bound(4, ge=1, le=24)
-    head_width: int = Bound(32, ge=8, le=128, multiple_of=8)
+    head_width: int = Bound(32, ge=16, le=128, multiple_of=16)
     text_width: int = Bound(64, ge=8)
 
 
@@ -165,9 +165,18 @@ class Postcards:
         return decode(latents).clamp(-1, 1)
 
 
-def train_batch(draw: Draw, *, seed: int, device: torch.device | str = "cpu") -> Batch:
-    """Scenes of the train stream for the rows of a draw; an endless supply, nothing repeats."""
-    first = draw.step * draw.total
+def train_batch(
+    draw: Draw, *, seed: int, skip: int = 0, device: torch.device | str = "cpu"
+) -> Batch:
+    """Scenes of the train stream for the rows of a draw; an endless supply, nothing repeats.
+
+    Args:
+        draw: its step and rows choose the scenes.
+        seed: of the scenes, at least 0.
+        skip: scenes that earlier stages of the training have used.
+        device: where the batch goes.
+    """
+    first = skip + draw.step * draw.total
     stop = draw.total if draw.stop is None else draw.stop
     scenes = draw_scenes("train", range(first + draw.start, first + stop), seed=seed)
     return Batch(encode(render(scenes)).to(device), scenes.tokens.to(device))

@@ -1,0 +1,142 @@
+"""The bench: samples are drawn once, bars print one line each, bad input is one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from turbo_lab import bars, lab, progress
+from turbo_lab.bars import Bar
+from turbo_lab.claims import Interval
+from turbo_lab.errors import BadInput, MissingPiece
+from turbo_lab.lab import Lab, Sampling
+from turbo_lab.postcards import draw_scenes, render
+from turbo_lab.quality import RATES, TITLES, Yardstick
+from turbo_lab.recipes import resolve
+from turbo_lab.store import Artefact, Store
+from turbo_lab.testbeds.postcards import NetSize, Postcards, spawn_net
+
+TINY = NetSize(layers=1, heads=1, head_width=16, text_width=16)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Lab:
+    return Lab(
+        recipe=resolve("teacher"),
+        artefact=Artefact(path=tmp_path, key="0" * 12, name="postcards/teacher", spec={}),
+        testbed=Postcards(net=spawn_net(TINY, 0).eval()),
+        store=Store(cache=tmp_path),
+        device="cpu",
+    )
+
+
+def test_samples_are_drawn_once_and_counted(bench: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling = Sampling(steps=3, n=2)
+    first = bench.samples(sampling)
+    assert first.nfe == 6
+    assert first.images.shape == (2, 3, 32, 32)
+    assert first.scenes.captions == draw_scenes("eval", range(2)).captions
+    monkeypatch.setattr(Lab, "draw", lambda *_: pytest.fail("drawn twice"))
+    again = bench.samples(sampling)
+    assert torch.equal(first.images, again.images) and first.key == again.key
+    with pytest.raises(pytest.fail.Exception, match="drawn twice"):
+        bench.samples(Sampling(steps=3, n=2, seed=1))
+
+
+def test_unguided_sampling_costs_one_call_per_step(bench: Lab) -> None:
+    assert bench.samples(Sampling(steps=3, n=2, guidance_scale=1.0)).nfe == 3
+
+
+def test_real_pictures_measure_as_real(bench: Lab) -> None:
+    scenes = draw_scenes("eval", range(120))
+    table = Yardstick(n=240).table(render(scenes), scenes, resamples=100).set_index("metric")
+    assert set(table.index) == set(TITLES)
+    assert bool((table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all())
+    for rate in RATES:
+        assert table.loc[rate, "value"] == (0.0 if rate in ("ghost_signs", "sign_lost") else 1.0)
+    for ground in ("moss", "fur", "sky"):
+        assert table.loc[f"{ground}_energy", "low"] < 1.1
+        assert table.loc[f"{ground}_energy", "high"] > 0.9
+    blurred = torch.nn.functional.avg_pool2d(render(scenes), 3, stride=1, padding=1)
+    worse = Yardstick(n=240).table(blurred, scenes, resamples=100).set_index("metric")
+    assert worse.loc["moss_energy", "high"] < table.loc["moss_energy", "low"]
+    assert worse.loc["moss_patches", "low"] > table.loc["moss_patches", "high"]
+    assert worse.loc["sign_read", "high"] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        ({"testbed": "faces"}, "testbed"),
+        ({"captions": []}, "caption"),
+        ({"captions": ["a dog"]}, "arms raised|lowered"),
+        ({"steps": 0}, "steps=0"),
+        ({"guidance": -1.0}, "guidance_scale=-1"),
+        ({"out": Path("picture.jpg")}, "out"),
+    ],
+)
+def test_sample_refuses_before_anything_is_loaded(
+    wrong: dict[str, object], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lab, "open_lab", lambda **_: pytest.fail("loaded"))
+    good = {
+        "testbed": "postcards",
+        "captions": ["a figure with arms raised, legs apart, on moss, the sign reads 42"],
+        "steps": 2,
+        "guidance": 4.0,
+        "seed": 0,
+        "out": tmp_path / "x.png",
+    }
+    with pytest.raises(BadInput) as said:
+        lab.sample_images(**{**good, **wrong})  # type: ignore[arg-type]
+    assert name in str(said.value) and "\n" not in str(said.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert lab.chosen_device("auto") == lab.chosen_device("cpu") == "cpu"
+    with pytest.raises(MissingPiece, match="cuda"):
+        lab.chosen_device("cuda")
+    with pytest.raises(BadInput, match="device='tpu'"):
+        lab.chosen_device("tpu")
+
+
+def test_bars_print_a_line_each_and_fail_when_one_is_short(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def good() -> Iterator[Bar]:
+        rate = Interval(value=0.99, low=0.98, high=0.995)
+        yield Bar(name="a", value=0.99, side="at least", limit=0.98, interval=rate)
+
+    def short() -> Iterator[Bar]:
+        yield Bar(name="b", value=0.2, side="at most", limit=0.05, unit="nats")
+
+    monkeypatch.setattr(bars, "BARS", {"good": good, "short": short})
+    assert bars.main("good") == 0
+    assert bars.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "a 0.99 [0.98, 0.995], at least 0.98 ok"
+    assert lines[2] == "b 0.2 nats, at most 0.05 short"
+    with pytest.raises(BadInput, match="good, short"):
+        bars.main("nothing")
+
+
+def test_progress_is_silent_when_off_and_refuses_other_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(progress.VARIABLE, "off")
+    with progress.progress(3, "x") as tick:
+        tick(3, "")
+    monkeypatch.setenv(progress.VARIABLE, "log")
+    monkeypatch.setattr(progress, "LOG_EVERY", 0.0)
+    with progress.progress(4, "drawing") as tick:
+        tick(1, "loss 2")
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("drawing: 1/4 loss 2")
+    monkeypatch.setenv(progress.VARIABLE, "loud")
+    with pytest.raises(BadInput, match="TURBO_LAB_PROGRESS"), progress.progress(1, "x"):
+        pass
