@@ -18,6 +18,7 @@ from turbo_lab.streams import rng
 if TYPE_CHECKING:
     import pandas as pd
 
+Side = Literal["above", "below"]
 Verdict = Literal["holds", "not reproduced", "inconclusive"]
 
 
@@ -47,7 +48,7 @@ class Claim:
     source: str
     statistic: str
     interval: Interval
-    side: Literal["above", "below"]
+    side: Side
     threshold: float
     seeds: int
     samples: int
@@ -140,7 +141,7 @@ def save(claims: Sequence[Claim], folder: Path) -> Path:
     """Write ``claims.json`` of one notebook, atomically."""
     path = folder / "claims.json"
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps([c.record() for c in claims], indent=1, ensure_ascii=False)
+    text = json.dumps([c.record() for c in claims], indent=1, ensure_ascii=False, allow_nan=False)
     atomic_write_text(path, text + "\n")
     return path
 

@@ -21,6 +21,7 @@ from turbo_lab.methods import METHODS
 from turbo_lab.postcards.captions import null_tokens
 from turbo_lab.recipes import Recipe, Stage
 from turbo_lab.store import Artefact, Checkpoints, Store
+from turbo_lab.streams import seed_for
 from turbo_lab.testbeds.postcards import PostcardNet, spawn_net, train_batch
 
 HISTORY_EVERY = 20
@@ -150,11 +151,17 @@ def _fit(
         lambda draw: train_batch(draw, seed=recipe.seed, skip=seen, device=device),
         steps=stage.steps,
         batch_size=stage.batch_size,
-        seed=recipe.seed + 1000 * (len(recipe.stages) - 1),  # other noise in every stage
+        seed=_stage_seed(recipe),
         optimisers={name: rates.optimiser() for name, rates in stage.rates.items()},
         shadows=shadows,
         saving=saving,
     )
+
+
+def _stage_seed(recipe: Recipe) -> int:
+    """Every stage draws other noise; the first draws that of the recipe's own seed."""
+    stage = len(recipe.stages) - 1
+    return seed_for(recipe.seed, "stage", stage) if stage else recipe.seed
 
 
 def _losses(recipe: Recipe, net: PostcardNet) -> tuple[float, ...]:
@@ -171,13 +178,13 @@ class _History:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.kept: list[dict[str, Any]] = []
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        self.kept: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
         self.open: list[Record] = []
 
     def add(self, record: Record, *, last: bool) -> None:
-        if not self.kept and not self.open and record.step > 1 and self.path.exists():
-            lines = map(json.loads, self.path.read_text(encoding="utf-8").splitlines())
-            self.kept = [line for line in lines if line["step"] < record.step]
+        # Lines from beyond the checkpoint that this run resumed from are being made again.
+        self.kept = [line for line in self.kept if line["step"] < record.step]
         self.open.append(record)
         if record.step % HISTORY_EVERY == 0 or last:
             self.kept.append(_mean(self.open))
