@@ -143,7 +143,11 @@ def steps_sweep(lab: Lab, budget: Budget, *, guidance_scale: float, seed: int) -
 
 def guidance_sweep(lab: Lab, budget: Budget, *, guidance_scale: float, seed: int) -> Sweep:
     """Sample the same captions from the same noise at every guidance scale, at full steps."""
-    wanted = {*budget.guidance, guidance_scale, PLAIN_GUIDANCE, STRONG_GUIDANCE}
+    wanted = {
+        *budget.guidance,
+        guidance_scale,
+        *(PLAIN_GUIDANCE, TEACHER_GUIDANCE, STRONG_GUIDANCE),
+    }
     samplings = {
         scale: Sampling(guidance_scale=scale, n=budget.guidance_captions, seed=seed)
         for scale in sorted(wanted)
