@@ -51,6 +51,7 @@ class Stage(_Frozen):
     batch_size: int = Field(64, ge=1)
     rates: Mapping[str, Rates]
     ema: float = Field(0.999, ge=0, lt=1)
+    sign_grid: int = Field(1, ge=1, le=4)
     version: int = Field(1, ge=1)
 
     @field_validator("method")
@@ -88,23 +89,39 @@ class Recipe(_Frozen):
 
 
 def teacher(profile: Profile, seed: int) -> Recipe:
-    """The guided flow-matching teacher on postcards."""
-    steps = {"smoke": 12, "quick": 9_000, "paper": 60_000}[profile]
+    """The guided flow-matching teacher on postcards: a curriculum of four stages.
+
+    Signs may lie at any whole pixel, so every digit has 16 offsets within its tokens. Trained on
+    that from the start, bodies and texture come soon but digits do not follow the caption (7% of
+    signs read after 9,000 steps). With signs on a grid of one offset per token the network learns
+    within hundreds of steps whose digit it is to draw; then the grid is made finer.
+    """
+    budget = {
+        "smoke": (12, 4, 4, 4),
+        "quick": (9_000, 700, 1_000, 5_500),
+        "paper": (20_000, 2_000, 4_000, 60_000),
+    }[profile]
     batch_size = {"smoke": 8, "quick": 64, "paper": 128}[profile]
-    return Recipe(
-        name="teacher",
-        seed=seed,
-        stages=(
-            Stage(
-                method="flow",
-                options={"drop": 0.1},
-                steps=steps,
-                batch_size=batch_size,
-                rates={"student": Rates(lr=1.5e-3, warmup=min(200, steps), final=0.01)},
-                ema=0.9995,
-            ),
-        ),
+
+    def stage(steps: int, sign_grid: int, ema: float, final: float) -> Stage:
+        return Stage(
+            method="flow",
+            options={"drop": 0.1},
+            steps=steps,
+            batch_size=batch_size,
+            rates={"student": Rates(lr=1.5e-3, warmup=min(200, steps), final=final)},
+            ema=ema,
+            sign_grid=sign_grid,
+        )
+
+    free, coarse, fine, last = budget
+    stages = (
+        stage(free, 1, ema=0.9995, final=0.01),
+        stage(coarse, 4, ema=0.99, final=0.5),
+        stage(fine, 2, ema=0.99, final=0.5),
+        stage(last, 1, ema=0.999, final=0.01),
     )
+    return Recipe(name="teacher", seed=seed, stages=stages)
 
 
 RECIPES: Mapping[str, Callable[[Profile, int], Recipe]] = MappingProxyType({"teacher": teacher})

@@ -148,7 +148,7 @@ def _fit(
     device = next(net.parameters()).device
     return fit(
         objective_of(stage, net.train()),
-        lambda draw: train_batch(draw, seed=recipe.seed, skip=seen, device=device),
+        partial(train_batch, seed=recipe.seed, skip=seen, sign_grid=stage.sign_grid, device=device),
         steps=stage.steps,
         batch_size=stage.batch_size,
         seed=_stage_seed(recipe),

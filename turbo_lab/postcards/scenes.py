@@ -76,19 +76,25 @@ class Scenes:
         ]
 
 
-def draw_scenes(stream: str, indices: Sequence[int], *, seed: int = 0) -> Scenes:
+def draw_scenes(
+    stream: str, indices: Sequence[int], *, seed: int = 0, sign_grid: int = 1
+) -> Scenes:
     """Draw scenes; scene i of a stream is the same in every batch.
 
     Args:
         stream: one of `STREAMS`.
         indices: which scenes, each at least 0.
         seed: base seed, at least 0.
+        sign_grid: signs lie on multiples of so many pixels, 1 to 4. A curriculum can start with
+            4, one place in a token, before a network has to draw digits at every offset.
 
     Raises:
-        BadInput: unknown stream or negative seed.
+        BadInput: unknown stream, negative seed or another grid.
     """
     if stream not in STREAMS:
         raise BadInput("stream", stream, f"choose one of {', '.join(STREAMS)}")
+    if not 1 <= sign_grid <= 4:
+        raise BadInput("sign_grid", sign_grid, "use an integer from 1 to 4")
     key = seed_for(seed, "postcards", stream)
     u = np.empty((len(indices), _NUMBERS))
     grain = np.empty((len(indices), SIZE, SIZE), dtype=np.float32)
@@ -96,10 +102,10 @@ def draw_scenes(stream: str, indices: Sequence[int], *, seed: int = 0) -> Scenes
         rng = np.random.Generator(np.random.Philox(key=[key, int(index)]))
         rng.random(out=u[row])
         rng.standard_normal(out=grain[row], dtype=np.float32)
-    return _scenes(u, grain)
+    return _scenes(u, grain, sign_grid)
 
 
-def _scenes(u: np.ndarray, grain: np.ndarray) -> Scenes:
+def _scenes(u: np.ndarray, grain: np.ndarray, sign_grid: int) -> Scenes:
     """Map uniform numbers ``[B, 24]`` to scenes."""
     choices = np.floor(u[:, :5] * np.array([2, 2, 3, 10, 10])).astype(np.int64)
     cumulative = np.cumsum([p for _, p in HUE_MODES.values()])
@@ -113,11 +119,15 @@ def _scenes(u: np.ndarray, grain: np.ndarray) -> Scenes:
     from_edge = _between(u[:, 9], 8.6, 11.4)
     head_x = np.where(right, from_edge, SIZE - from_edge)
     head = np.stack([head_x, _between(u[:, 10], 7.0, 10.0)], axis=1)
-    # The plate keeps clear of the reach of the arms (8.2 px) and inside the picture.
+    # The plate keeps clear of the arms (their paint ends before 8.4 px) and inside the picture.
     nearest = np.ceil(from_edge + 8.2)
     gap = nearest + np.floor(u[:, 11] * (SIZE - SIGN_WIDTH - nearest + 1))
     sign_x = np.where(right, gap, SIZE - SIGN_WIDTH - gap)
     sign_y = np.floor(u[:, 12] * (SIZE - SIGN_HEIGHT + 1))
+    # On a coarser grid a plate moves outwards, away from the figure.
+    sign_x = np.where(right, np.ceil(sign_x / sign_grid), np.floor(sign_x / sign_grid)) * sign_grid
+    sign_x = np.minimum(sign_x, (SIZE - SIGN_WIDTH) // sign_grid * sign_grid)
+    sign_y = np.floor(sign_y / sign_grid) * sign_grid
 
     raised, apart = choices[:, 0:1] == 0, choices[:, 1:2] == 0
     degrees = np.pi / 180

@@ -166,7 +166,12 @@ class Postcards:
 
 
 def train_batch(
-    draw: Draw, *, seed: int, skip: int = 0, device: torch.device | str = "cpu"
+    draw: Draw,
+    *,
+    seed: int,
+    skip: int = 0,
+    sign_grid: int = 1,
+    device: torch.device | str = "cpu",
 ) -> Batch:
     """Scenes of the train stream for the rows of a draw; an endless supply, nothing repeats.
 
@@ -174,9 +179,11 @@ def train_batch(
         draw: its step and rows choose the scenes.
         seed: of the scenes, at least 0.
         skip: scenes that earlier stages of the training have used.
+        sign_grid: see `draw_scenes`.
         device: where the batch goes.
     """
     first = skip + draw.step * draw.total
     stop = draw.total if draw.stop is None else draw.stop
-    scenes = draw_scenes("train", range(first + draw.start, first + stop), seed=seed)
+    rows = range(first + draw.start, first + stop)
+    scenes = draw_scenes("train", rows, seed=seed, sign_grid=sign_grid)
     return Batch(encode(render(scenes)).to(device), scenes.tokens.to(device))
