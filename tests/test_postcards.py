@@ -125,7 +125,10 @@ def test_colours_are_never_clipped(scenes: Scenes) -> None:
     assert torch.allclose(span, scenes.saturation, atol=1e-5)
 
 
-def test_sign_stays_inside_and_off_the_figure(scenes: Scenes) -> None:
+@pytest.mark.parametrize("grid", [1, 2, 3, 4])
+def test_sign_stays_inside_and_off_the_figure(grid: int) -> None:
+    scenes = draw_scenes("eval", range(1000), sign_grid=grid)
+    assert (scenes.sign % grid == 0).all()
     low, high = scenes.sign.amin(0), scenes.sign.amax(0)
     assert (low >= 0).all()
     assert high[0] + SIGN_WIDTH <= SIZE and high[1] + SIGN_HEIGHT <= SIZE
@@ -240,6 +243,8 @@ def test_wrong_word_is_named_with_the_allowed_ones(text: str, words: tuple[str, 
 
 
 def test_unknown_stream_and_seed_are_refused() -> None:
+    with pytest.raises(BadInput, match="sign_grid=5"):
+        draw_scenes("eval", [0], sign_grid=5)
     with pytest.raises(BadInput, match="train, critic, eval, select"):
         draw_scenes("test", range(2))
     with pytest.raises(BadInput, match="seed=-1"):

@@ -20,7 +20,8 @@ from turbo_lab.testbeds.postcards import NetSize
 @pytest.fixture
 def recipe() -> Recipe:
     small = NetSize(layers=1, heads=1, head_width=16, text_width=16)
-    return recipes.resolve("teacher", profile="smoke").model_copy(update={"net": small})
+    whole = recipes.resolve("teacher", profile="smoke")
+    return whole.model_copy(update={"net": small, "stages": whole.stages[:1]})
 
 
 def test_recipes_are_named_checked_and_keyed_by_everything_they_say() -> None:
@@ -104,6 +105,8 @@ def test_a_second_stage_starts_from_the_first_and_is_an_artefact_of_its_own(
     start = training.starting_net(both, store).state_dict()
     assert all(torch.equal(start[k], v.float()) for k, v in first.tensors().items())
     assert training.replay(both, second, store) == training.recorded(second)
+    lines = training.history(second)
+    assert [(line["stage"], line["step"]) for line in lines] == [(1, 12), (2, 4)]
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -18,6 +18,7 @@ from turbo_lab.streams import rng
 if TYPE_CHECKING:
     import pandas as pd
 
+Rows = Sequence[float] | np.ndarray
 Side = Literal["above", "below"]
 Verdict = Literal["holds", "not reproduced", "inconclusive"]
 
@@ -84,7 +85,7 @@ def wilson(successes: int, n: int) -> Interval:
 
 
 def bootstrap(
-    *samples: Sequence[float] | np.ndarray,
+    *samples: Rows,
     statistic: Callable[..., float | np.ndarray] = np.mean,
     seed: int = 0,
     resamples: int = 2000,
@@ -115,12 +116,12 @@ def bootstrap(
     return Interval(value=value, low=float(low), high=float(high))
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float], *, seed: int = 0) -> Interval:
+def paired_difference(a: Rows, b: Rows, *, seed: int = 0) -> Interval:
     """Mean of a - b over paired rows with its bootstrap interval."""
     return bootstrap(np.asarray(a, float) - np.asarray(b, float), seed=seed)
 
 
-def paired_permutation(a: Sequence[float], b: Sequence[float]) -> float:
+def paired_permutation(a: Rows, b: Rows) -> float:
     """Two-sided p-value of the paired sign-flip permutation test on mean(a - b).
 
     Exact up to 2^13 flips; six pairs are the least that can reach p < 0.05 (2 / 2^6 = 0.031).

@@ -189,7 +189,7 @@ def time_lines(rows: Mapping[str, Sequence[float]]) -> Figure:
     with style():
         figure = Figure(figsize=(7.2, 0.36 * len(rows) + 0.8), layout="constrained")
         axis = figure.subplots()
-        for y, times in enumerate(reversed(rows.values())):
+        for y, times in enumerate(reversed([*rows.values()])):
             axis.plot(times, [y] * len(times), color=SOFT, lw=0.8, zorder=1)
             axis.scatter(times, [y] * len(times), s=16, color=ACCENT, zorder=2)
             if len(times) <= 5:
@@ -202,7 +202,7 @@ def time_lines(rows: Mapping[str, Sequence[float]]) -> Figure:
                         ha="center",
                         fontsize=7,
                     )
-        axis.set_yticks(range(len(rows)), list(reversed(rows)))
+        axis.set_yticks(range(len(rows)), [*rows][::-1])
         axis.set(
             xlim=(1.03, -0.03), ylim=(-0.6, len(rows) - 0.2), xlabel="t (1 is noise, 0 is data)"
         )
@@ -291,13 +291,20 @@ def field_portrait(
 
 
 def loss_curve(history: Sequence[Mapping[str, Any]], *, term: str) -> Figure:
-    """Draw one loss term of a training history against the step."""
+    """Draw one loss term of a training history against the step, through all stages."""
     with style():
-        figure = Figure(figsize=(4.2, 2.4), layout="constrained")
+        figure = Figure(figsize=(5.2, 2.4), layout="constrained")
         axis = figure.subplots()
-        steps = [record["step"] for record in history]
-        axis.plot(steps, [record["terms"][term] for record in history], color=SECOND, lw=1)
-        axis.set(xlabel="step", ylabel="loss (mean squared velocity error)", yscale="log")
+        begin = 0
+        for stage in sorted({record["stage"] for record in history}):
+            records = [record for record in history if record["stage"] == stage]
+            steps = [begin + record["step"] for record in records]
+            axis.plot(steps, [record["terms"][term] for record in records], color=SECOND, lw=0.8)
+            axis.axvline(begin, color=SOFT, lw=0.6, ls=":")
+            axis.annotate(f"stage {stage}", (begin, 1), (2, -8), xycoords=("data", "axes fraction"),
+                          textcoords="offset points", fontsize=7, color=SOFT)  # fmt: skip
+            begin = steps[-1]
+        axis.set(xlabel="step", ylabel="mean squared velocity error", yscale="log")
     return figure
 
 

@@ -102,7 +102,7 @@ def recorded(artefact: Artefact) -> Trace:
 
 
 def history(artefact: Artefact) -> list[dict[str, Any]]:
-    """The training history: one record per `HISTORY_EVERY` steps."""
+    """The training history through all stages: one record per `HISTORY_EVERY` steps."""
     lines = artefact.file("history.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
@@ -113,7 +113,7 @@ def _make(recipe: Recipe, store: Store, device: str, watch: Watch, folder: Path)
     work = store.workdir(recipe.artefact, recipe.spec())
     net = starting_net(recipe, store).to(device)
     average = copy.deepcopy(net).requires_grad_(False)
-    lines = _History(work / "history.jsonl")
+    lines = _History(work / "history.jsonl", stage=len(recipe.stages))
     saving = Saving(checkpoints=Checkpoints(folder=work), every_seconds=SAVE_SECONDS)
     for record in _fit(recipe, net, average, saving):
         lines.add(record, last=record.step == stage.steps)
@@ -128,7 +128,7 @@ def _make(recipe: Recipe, store: Store, device: str, watch: Watch, folder: Path)
         "last": _losses(recipe, finished),
     }
     atomic_write_text(folder / "trace.json", json.dumps(trace))
-    atomic_write_text(folder / "history.jsonl", lines.text())
+    atomic_write_text(folder / "history.jsonl", _earlier_history(recipe, store) + lines.text())
 
 
 def objective_of(stage: Stage, net: nn.Module) -> Objective:
@@ -173,11 +173,17 @@ def _unwatched(record: Record, steps: int) -> None:
     """Watch nothing."""
 
 
+def _earlier_history(recipe: Recipe, store: Store) -> str:
+    """history.jsonl of the stages before the last, which travels with each stage."""
+    found = recipe.before and store.find(recipe.artefact, recipe.before.spec())
+    return found.file("history.jsonl").read_text(encoding="utf-8") if found else ""
+
+
 class _History:
     """history.jsonl in the work folder: appended while training, cut back on resume."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, stage: int) -> None:
+        self.path, self.stage = path, stage
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         self.kept: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
         self.open: list[Record] = []
@@ -187,7 +193,7 @@ class _History:
         self.kept = [line for line in self.kept if line["step"] < record.step]
         self.open.append(record)
         if record.step % HISTORY_EVERY == 0 or last:
-            self.kept.append(_mean(self.open))
+            self.kept.append({"stage": self.stage, **_mean(self.open)})
             self.open = []
             atomic_write_text(self.path, self.text())
 
