@@ -46,7 +46,7 @@ def test_a_stopped_training_continues_and_ends_as_an_unstopped_one(
     straight = training.trained(recipe, store=Store(cache=tmp_path / "a"))
     seen: list[int] = []
 
-    def trip(record: Record, steps: int) -> None:
+    def trip(record: Record, done: int) -> None:
         seen.append(record.step)
         if record.step == 7 and len(seen) == 7:
             raise RuntimeError("the power went out")

@@ -250,9 +250,10 @@ def checked_sampling(values: Mapping[str, object]) -> Sampling:
 
 
 def _trained(recipe: Recipe, *, store: Store, fresh: bool, device: str) -> Artefact:
-    with progress(recipe.stages[-1].steps, f"training {recipe.name}") as tick:
+    total = sum(stage.steps for stage in recipe.stages)
+    with progress(total, f"training {recipe.name}") as tick:
 
-        def watch(record: Record, steps: int) -> None:
-            tick(record.step, f"loss {sum(record.terms.values()):.3f}")
+        def watch(record: Record, done: int) -> None:
+            tick(done, f"loss {sum(record.terms.values()):.3f}")
 
         return trained(recipe, store=store, fresh=fresh, device=device, watch=watch)

@@ -32,7 +32,7 @@ TRACE_STEPS = 3
 """Steps recorded by each half of a replay trace."""
 
 Watch = Callable[[Record, int], None]
-"""Called after each step with its record and the number of steps in all."""
+"""Called after each step with its record and the number of steps done, all stages counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +110,7 @@ def history(artefact: Artefact) -> list[dict[str, Any]]:
 def _make(recipe: Recipe, store: Store, device: str, watch: Watch, folder: Path) -> None:
     tune_allocator()
     stage = recipe.stages[-1]
+    earlier = sum(s.steps for s in recipe.stages[:-1])
     work = store.workdir(recipe.artefact, recipe.spec())
     net = starting_net(recipe, store).to(device)
     average = copy.deepcopy(net).requires_grad_(False)
@@ -117,7 +118,7 @@ def _make(recipe: Recipe, store: Store, device: str, watch: Watch, folder: Path)
     saving = Saving(checkpoints=Checkpoints(folder=work), every_seconds=SAVE_SECONDS)
     for record in _fit(recipe, net, average, saving):
         lines.add(record, last=record.step == stage.steps)
-        watch(record, stage.steps)
+        watch(record, earlier + record.step)
     # Half precision holds an averaged weight to 3 digits more than its own training noise.
     weights = {k: v.detach().cpu().half() for k, v in average.state_dict().items()}
     save_tensors(folder, "weights.safetensors", weights)
@@ -169,7 +170,7 @@ def _losses(recipe: Recipe, net: PostcardNet) -> tuple[float, ...]:
     return tuple(sum(record.terms.values()) for record in records)
 
 
-def _unwatched(record: Record, steps: int) -> None:
+def _unwatched(record: Record, done: int) -> None:
     """Watch nothing."""
 
 
