@@ -85,7 +85,26 @@ def render(scenes: Scenes) -> Tensor:
     picture = _ground(scenes)
     for alpha, colour in _figure(scenes):
         picture = picture + alpha[:, None] * (colour[:, :, None, None] - picture)
-    return _with_sign(picture, scenes) * 2 - 1
+    return _with_sign(picture, scenes, scenes.sign) * 2 - 1
+
+
+def render_posters(scenes: Scenes, places: Tensor) -> Tensor:
+    """Paint the ground and many copies of the sign instead of one and a figure.
+
+    Not postcards, but practice for a network: every picture shows its two digits at as many
+    offsets as it has plates.
+
+    Args:
+        scenes: B scenes, of which the ground and the number are used.
+        places: ``[B, P, 2]`` long, top-left pixels (x, y) of the plates.
+
+    Returns:
+        ``[B, 3, 32, 32]`` in [-1, 1].
+    """
+    picture = _ground(scenes)
+    for place in places.unbind(1):
+        picture = _with_sign(picture, scenes, place)
+    return picture * 2 - 1
 
 
 def garment_colour(scenes: Scenes) -> Tensor:
@@ -149,10 +168,10 @@ def _capsule(start: Tensor, end: Tensor, radius: float) -> Tensor:
     return (radius + 0.5 - distance).clamp_(0, 1)
 
 
-def _with_sign(picture: Tensor, scenes: Scenes) -> Tensor:
+def _with_sign(picture: Tensor, scenes: Scenes, places: Tensor) -> Tensor:
     plate = plates()[scenes.fields[:, 3] * 10 + scenes.fields[:, 4]]
-    rows = scenes.sign[:, 1, None] + torch.arange(SIGN_HEIGHT)
-    columns = scenes.sign[:, 0, None] + torch.arange(SIGN_WIDTH)
+    rows = places[:, 1, None] + torch.arange(SIGN_HEIGHT)
+    columns = places[:, 0, None] + torch.arange(SIGN_WIDTH)
     batch = torch.arange(len(scenes))[:, None, None]
     picture = picture.permute(0, 2, 3, 1).contiguous()
     picture[batch, rows[:, :, None], columns[:, None, :]] = plate[..., None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -19,6 +20,7 @@ from turbo_lab.field import Field, frozen, guided
 from turbo_lab.fit import Batch
 from turbo_lab.postcards import SIZE, Caption, Scenes, caption_tokens, draw_scenes, render
 from turbo_lab.postcards.captions import VOCABULARY, null_tokens
+from turbo_lab.postcards.render import render_posters
 from turbo_lab.streams import Draw, seed_for
 
 PATCH = 2  # of the pixel-unshuffle and of Qwen's packing: a token is a 4x4 pixel patch
@@ -171,6 +173,7 @@ def train_batch(
     seed: int,
     skip: int = 0,
     sign_grid: int = 1,
+    posters: float = 0.0,
     device: torch.device | str = "cpu",
 ) -> Batch:
     """Scenes of the train stream for the rows of a draw; an endless supply, nothing repeats.
@@ -180,10 +183,26 @@ def train_batch(
         seed: of the scenes, at least 0.
         skip: scenes that earlier stages of the training have used.
         sign_grid: see `draw_scenes`.
+        posters: share of pictures that are six signs instead of a postcard, 0 to 1.
         device: where the batch goes.
     """
     first = skip + draw.step * draw.total
     stop = draw.total if draw.stop is None else draw.stop
     rows = range(first + draw.start, first + stop)
     scenes = draw_scenes("train", rows, seed=seed, sign_grid=sign_grid)
-    return Batch(encode(render(scenes)).to(device), scenes.tokens.to(device))
+    images = render(scenes)
+    if posters > 0:
+        chosen = draw.uniform("poster") < posters
+        images[chosen] = render_posters(scenes[chosen], _poster_places(draw)[chosen])
+    return Batch(encode(images).to(device), scenes.tokens.to(device))
+
+
+def _poster_places(draw: Draw) -> Tensor:
+    """Places ``[rows, 6, 2]`` of plates that do not overlap and take every offset in a token."""
+    places = [
+        torch.stack(
+            [16 * column + draw.integers(f"x{k}", 8), 11 * row + draw.integers(f"y{k}", 4)], dim=1
+        )
+        for k, (row, column) in enumerate(product(range(3), range(2)))
+    ]
+    return torch.stack(places, dim=1)
