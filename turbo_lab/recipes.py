@@ -99,7 +99,7 @@ def teacher(profile: Profile, seed: int) -> Recipe:
     """
     budget = {
         "smoke": (12, 4, 4, 4),
-        "quick": (9_000, 700, 2_200, 3_300),
+        "quick": (9_000, 700, 1_900, 2_600),
         "paper": (20_000, 2_000, 20_000, 40_000),
     }[profile]
     batch_size = {"smoke": 8, "quick": 64, "paper": 128}[profile]

@@ -149,7 +149,14 @@ def _fit(
     device = next(net.parameters()).device
     return fit(
         objective_of(stage, net.train()),
-        partial(train_batch, seed=recipe.seed, skip=seen, sign_grid=stage.sign_grid, device=device),
+        partial(
+            train_batch,
+            seed=recipe.seed,
+            skip=seen,
+            sign_grid=stage.sign_grid,
+            posters=stage.posters,
+            device=device,
+        ),
         steps=stage.steps,
         batch_size=stage.batch_size,
         seed=_stage_seed(recipe),
