@@ -81,7 +81,6 @@ class Lab:
             "world": self.recipe.world,
             "teacher": self.artefact.key,
             "device": self.device,
-            "threads": torch.get_num_threads(),
             **sampling.model_dump(),
         }
         what = what or f"{sampling.steps} steps, guidance {sampling.guidance_scale:g}"
