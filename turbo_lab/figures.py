@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 INK, SOFT, ACCENT, SECOND, THIRD = "#222222", "#8a8a8a", "#c8452f", "#2f6fb0", "#4f8f3a"
 STYLE = {
     "figure.dpi": 110,
-    "savefig.dpi": 150,
+    "savefig.dpi": 100,
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.spines.top": False,
@@ -174,11 +174,11 @@ def postcard_sheet(images: Tensor, captions: Sequence[str], *, columns: int = 4)
     """Draw postcards ``[B, 3, H, W]`` in [-1, 1], each above its caption."""
     rows = -(-len(images) // columns)
     with style():
-        figure = Figure(figsize=(2.05 * columns, 2.3 * rows), layout="constrained")
+        figure = Figure(figsize=(2.0 * columns, 2.35 * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for axis, image, caption in zip(axes, images, captions, strict=False):
             axis.imshow(contact_sheet(image[None], columns=1), interpolation="nearest")
-            axis.set_title("\n".join(textwrap.wrap(caption, 34)), fontsize=6.5, y=-0.02, va="top")
+            axis.set_xlabel("\n".join(textwrap.wrap(caption, 36)), fontsize=6.5)
         for axis in axes:
             _bare(axis)
     return figure
@@ -301,8 +301,11 @@ def loss_curve(history: Sequence[Mapping[str, Any]], *, term: str) -> Figure:
             steps = [begin + record["step"] for record in records]
             axis.plot(steps, [record["terms"][term] for record in records], color=SECOND, lw=0.8)
             axis.axvline(begin, color=SOFT, lw=0.6, ls=":")
-            axis.annotate(f"stage {stage}", (begin, 1), (2, -8), xycoords=("data", "axes fraction"),
-                          textcoords="offset points", fontsize=7, color=SOFT)  # fmt: skip
+            below = -8 - 9 * (stage % 2)  # neighbours at two heights, since stages can be short
+            axis.annotate(
+                f"stage {stage}", (begin, 1), (2, below), xycoords=("data", "axes fraction"),
+                textcoords="offset points", fontsize=7, color=SOFT,
+            )  # fmt: skip
             begin = steps[-1]
         axis.set(xlabel="step", ylabel="mean squared velocity error", yscale="log")
     return figure
@@ -327,14 +330,18 @@ def _one_metric(axis: Axes, rows: pd.DataFrame, x: str) -> None:
     )
     if len(real):
         axis.annotate(
-            "real", (1, real["value"].iloc[0]), xycoords=("axes fraction", "data"), fontsize=7,
-            color=SOFT, ha="right", va="bottom",
+            "real", (0, real["value"].iloc[0]), xycoords=("axes fraction", "data"), fontsize=7,
+            color=SOFT, ha="left", va="bottom",
         )  # fmt: skip
 
 
 def _log_axis(axis: Axes, ticks: Sequence[float]) -> None:
+    """Logarithmic x with a label at every point that does not crowd the one before."""
     axis.set_xscale("log")
-    shown = sorted(t for t in ticks)
+    shown: list[float] = []
+    for tick in sorted(ticks):
+        if not shown or tick >= 1.4 * shown[-1]:
+            shown.append(tick)
     axis.set_xticks(shown, [f"{t:g}" for t in shown], fontsize=7)
     axis.minorticks_off()
 
