@@ -6,6 +6,8 @@ and compares. A new bar is a function and a line in `BARS`.
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import statistics
 import subprocess
 import sys
@@ -174,6 +176,7 @@ def main(only: str | None = None) -> int:
 def _lab() -> Lab:
     """The shipped teacher, behind an empty cache: nothing stored is used but the artefacts."""
     empty = Path(tempfile.mkdtemp(prefix="turbo-lab-bars-"))
+    atexit.register(shutil.rmtree, empty, ignore_errors=True)
     return open_lab(device="cpu", store=Store(cache=empty, shipped=Store.default().shipped))
 
 
