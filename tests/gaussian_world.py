@@ -1,4 +1,4 @@
-"""A world where everything is closed form: data N(m, s^2 I), and a field that knows (m, s)."""
+"""A world where everything is closed form: data N(m, s^2 I), and fields that know (m, s)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,28 @@ class GaussianField(nn.Module):
         return z_hat - x_hat
 
 
+class GaussianMap(GaussianField):
+    """The exact few-step student of N(m, s^2 I): one Euler step from t lands where the path ends.
+
+    The path keeps ``(x_t - (1 - t) m) / sigma_t`` with ``sigma_t^2 = (1 - t)^2 s^2 + t^2``, so it
+    ends at ``f = m + s (x_t - (1 - t) m) / sigma_t``, and ``v = (x_t - f) / t``.
+    """
+
+    def forward(self, x_t: Tensor, t: Tensor, c: object) -> Tensor:
+        t = expand(t, x_t)
+        std = self.log_std.exp()
+        sigma = ((1 - t) ** 2 * std**2 + t**2).sqrt()
+        end = self.mean + std * (x_t - (1 - t) * self.mean) / sigma
+        return (x_t - end) / t.clamp_min(1e-3)
+
+
 def gaussian_batches(draw: Draw) -> Batch:
     """Data of the world for the rows of a draw; the condition is a column of zeros."""
     x = MEAN + STD * draw.normal("x", (DIM,))
     return Batch(x, torch.zeros(len(x), 1, dtype=torch.long))
+
+
+def gaussian_pairs(draw: Draw) -> Batch:
+    """Noise and where the exact path from it ends: x = m + s z."""
+    z = draw.normal("pair", (DIM,))
+    return Batch(MEAN + STD * z, torch.zeros(len(z), 1, dtype=torch.long), z)

@@ -26,14 +26,19 @@ from turbo_lab.store import Checkpoints
 from turbo_lab.streams import Draw
 
 Terms = Mapping[str, Tensor]
-"""Named, already weighted loss terms, each per sample ``[B]``."""
+"""Named, already weighted loss terms, each per sample ``[B]``. A term without a gradient moves
+nothing: it is there to be watched."""
 
 
 class Batch(NamedTuple):
-    """What a loss sees: clean data ``x`` (latents ``[B, ...]``) and conditions ``c``."""
+    """What a loss sees: clean data ``x`` (latents ``[B, ...]``) and conditions ``c``.
+
+    ``z`` is the noise that x grew from, where x was sampled from a teacher.
+    """
 
     x: Tensor
     c: Any
+    z: Tensor | None = None
 
 
 class Player(Protocol):

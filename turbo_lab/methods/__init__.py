@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from turbo_lab.methods.consistency import Consistency
+from turbo_lab.methods.continuous import ContinuousConsistency
+from turbo_lab.methods.direct import Direct
 from turbo_lab.methods.flow import FlowMatching
+from turbo_lab.methods.progressive import Progressive
 
 METHODS = {
     "flow": FlowMatching,
+    "progressive": Progressive,
+    "consistency": Consistency,
+    "continuous": ContinuousConsistency,
+    "direct": Direct,
 }
 
-__all__ = ["METHODS", "FlowMatching"]
+__all__ = [
+    "METHODS",
+    "Consistency",
+    "ContinuousConsistency",
+    "Direct",
+    "FlowMatching",
+    "Progressive",
+]

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from turbo_lab.fit import Batch, Player, Turn
+from turbo_lab.methods.kinds import TrainableField, squared
 from turbo_lab.path import logit_normal_times, mix, velocity
 from turbo_lab.streams import Draw
-
-
-class TrainableField(Player, Protocol):
-    """A velocity field that is also a player."""
-
-    def __call__(self, x_t: Tensor, t: Tensor, c: Any) -> Tensor:
-        """Return the velocity."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +49,7 @@ class FlowMatching:
 
     def loss(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """Mean squared velocity error per sample ``[B]`` of latents ``[B, ...]``."""
-        x, c = batch
+        x, c = batch.x, batch.c
         z = draw.normal("z", x.shape[1:]).to(x)
         t = logit_normal_times(
             draw.normal("t", ()).to(x), mean=self.time_mean, std=self.time_std, shift=self.shift
@@ -65,8 +58,4 @@ class FlowMatching:
             dropped = draw.uniform("drop").to(x.device) < self.drop
             c = c.where(~dropped.view(-1, *[1] * (c.ndim - 1)), self.null.to(c.device))
         v = self.student(mix(x, z, t), t, c)
-        return {
-            "velocity": nn.functional.mse_loss(v, velocity(x, z), reduction="none")
-            .flatten(1)
-            .mean(1)
-        }
+        return {"velocity": squared(v, velocity(x, z))}
