@@ -9,12 +9,17 @@ import pytest
 import torch
 
 from turbo_lab import recipes, training
+from turbo_lab.adapters import AdapterSize
 from turbo_lab.errors import BadInput, MissingPiece
 from turbo_lab.fit import Record
 from turbo_lab.methods.flow import FlowMatching
+from turbo_lab.path import time_grid
+from turbo_lab.postcards import caption_tokens
 from turbo_lab.recipes import RECIPES, Recipe
+from turbo_lab.sample import final, sample
 from turbo_lab.store import Store
-from turbo_lab.testbeds.postcards import NetSize
+from turbo_lab.streams import Draw, noise
+from turbo_lab.testbeds.postcards import LATENT_SHAPE, NetSize, Postcards
 
 
 @pytest.fixture
@@ -98,20 +103,28 @@ def test_a_second_stage_starts_from_the_first_and_is_an_artefact_of_its_own(
     assert both.before == recipe and recipe.before is None
     store = Store(cache=tmp_path)
     with pytest.raises(MissingPiece, match="turbo-lab train teacher"):
-        training.starting_net(both, store)
+        training.workbench(both, store)
     second = training.trained(both, store=store)
     first = store.find(recipe.artefact, recipe.spec())
     assert first is not None and first.key != second.key
-    start = training.starting_net(both, store).state_dict()
+    start = training.workbench(both, store).student.state_dict()
     assert all(torch.equal(start[k], v.float()) for k, v in first.tensors().items())
     assert training.replay(both, second, store) == training.recorded(second)
     lines = training.history(second)
     assert [(line["stage"], line["step"]) for line in lines] == [(1, 12), (2, 4)]
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_shipped_artefacts_replay_with_todays_code(name: str, tmp_path: Path) -> None:
-    recipe = recipes.resolve(name)
+SHIPPED = [
+    pytest.param(name, seed, marks=[pytest.mark.slow] if seed else [], id=f"{name}-{seed}")
+    for name in RECIPES
+    for seed in (range(3) if name != "teacher" else (0,))
+]
+"""Every recipe with the seeds that are shipped; one of each is replayed by the unit suite."""
+
+
+@pytest.mark.parametrize(("name", "seed"), SHIPPED)
+def test_shipped_artefacts_replay_with_todays_code(name: str, seed: int, tmp_path: Path) -> None:
+    recipe = recipes.resolve(name, seed=seed)
     store = Store(cache=tmp_path, shipped=Store.default().shipped)
     artefact = store.find(recipe.artefact, recipe.spec())
     assert artefact is not None, f"{name} is not shipped, or its recipe changed since"
@@ -119,3 +132,115 @@ def test_shipped_artefacts_replay_with_todays_code(name: str, tmp_path: Path) ->
     # The first steps repeat to rounding; from trained weights, rounding has more to grow on.
     assert now.first == pytest.approx(then.first, rel=2e-3)
     assert now.last == pytest.approx(then.last, rel=1e-2)
+
+
+@pytest.fixture
+def student(recipe: Recipe) -> Recipe:
+    """A progressive student of the teacher of seconds: a guided stage, then one of its own."""
+    whole = recipes.resolve("progressive", profile="smoke")
+    tiny = AdapterSize(rank=2)
+    stages = whole.stages[:2]
+    return whole.model_copy(
+        update={"net": recipe.net, "teacher": recipe, "adapter": tiny, "stages": stages}
+    )
+
+
+def test_a_teachers_key_does_not_know_of_students() -> None:
+    spec = recipes.resolve("teacher").spec()
+    assert not {"teacher", "adapter"} & spec.keys()
+    assert not {"teacher", "guidance_scale", "pairs"} & spec["stages"][0].keys()
+
+
+def test_a_student_is_an_adapter_that_replays_and_leaves_its_teacher_alone(
+    student: Recipe, tmp_path: Path
+) -> None:
+    store = Store(cache=tmp_path)
+    artefact = training.trained(student, store=store)
+    assert student.teacher is not None and student.before is not None
+    base = store.find(student.teacher.artefact, student.teacher.spec())
+    first = store.find(student.artefact, student.before.spec())
+    assert base is not None and first is not None
+    assert all(".lora_" in name for name in artefact.tensors())
+    assert training.replay(student, artefact, store) == training.recorded(artefact)
+    bench = training.workbench(student, store)
+    start = bench.student.state_dict()
+    assert all(torch.equal(start[k], v.float()) for k, v in first.tensors().items())
+    x, t = torch.randn(2, *LATENT_SHAPE), torch.tensor([0.3, 0.9])
+    c = caption_tokens(["a figure with arms raised, legs apart, on moss, the sign reads 42"] * 2)
+    with torch.no_grad():
+        before = bench.pieces["teacher"](x, t, c)  # type: ignore[operator]
+        assert torch.equal(before, bench.student(x, t, c))
+        plain = training.load_net(student.teacher, base)(x, t, c)
+    assert not torch.equal(before, plain)  # two stages did change something
+
+
+def test_students_resume_and_share_their_pairs(student: Recipe, tmp_path: Path) -> None:
+    whole = recipes.resolve("direct-2", profile="smoke")
+    same = {"net": student.net, "teacher": student.teacher, "adapter": student.adapter}
+    straight = whole.model_copy(update=same)
+    a, b = Store(cache=tmp_path / "a"), Store(cache=tmp_path / "b")
+    ended = training.trained(straight, store=a)
+    trips: list[int] = []
+
+    def trip(record: Record, done: int) -> None:
+        trips.append(record.step)
+        if len(trips) == 15:
+            raise RuntimeError("the power went out")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "SAVE_SECONDS", 0.0)
+        with pytest.raises(RuntimeError, match="power"):
+            training.trained(straight, store=b, watch=trip)
+    resumed = training.trained(straight, store=b, watch=trip)
+    assert all(torch.equal(resumed.tensors()[k], v) for k, v in ended.tensors().items())
+    assert training.replay(straight, resumed, b) == training.recorded(resumed)
+    other = recipes.resolve("direct-1", profile="smoke").model_copy(update=same)
+    training.trained(other, store=a)
+    assert len([e for e in a.entries() if e.name == training.PAIRS]) == 1
+
+
+def test_pairs_are_the_teachers_samples_and_never_the_noise_that_is_measured(
+    student: Recipe, tmp_path: Path
+) -> None:
+    store = Store(cache=tmp_path)
+    whole = recipes.resolve("direct-1", profile="smoke")
+    same = {"net": student.net, "teacher": student.teacher, "adapter": student.adapter}
+    direct = whole.model_copy(update=same)
+    assert direct.teacher is not None
+    base = training.trained(direct.teacher, store=store)
+    batch = training.workbench(direct, store).batches(Draw(seed=0, step=1, total=4, start=1))
+    teacher = Postcards(net=training.load_net(direct.teacher, base)).guided(recipes.GUIDANCE)
+    expected = final(sample(teacher, time_grid(32), batch.z, batch.c))
+    torch.testing.assert_close(batch.x, expected, rtol=1e-4, atol=1e-5)
+    measured = noise(LATENT_SHAPE, seed=0, stream="z", indices=range(5, 8))
+    assert len(batch.x) == 3 and not torch.equal(batch.z, measured)
+    again = training.workbench(direct, store).batches(Draw(seed=0, step=3, total=4, start=1))
+    torch.testing.assert_close(again.x, batch.x, rtol=1e-4, atol=1e-5)  # pair 8 is pair 0
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "teacher"])
+def test_every_student_recipe_trains_at_smoke(name: str, student: Recipe, tmp_path: Path) -> None:
+    small = {"net": student.net, "teacher": student.teacher, "adapter": student.adapter}
+    recipe = recipes.resolve(name, profile="smoke").model_copy(update=small)
+    cut = tuple(stage.model_copy(update={"steps": 2}) for stage in recipe.stages)
+    artefact = training.trained(
+        recipe.model_copy(update={"stages": cut}), store=Store(cache=tmp_path)
+    )
+    assert len(training.history(artefact)) == len(cut)
+
+
+def test_trajectory_methods_have_the_same_network_calls_to_spend() -> None:
+    calls = {"progressive": [7, 5, 5, 5, 5], "consistency": [6], "continuous": [7]}
+    spent = {
+        name: sum(
+            stage.steps * stage.batch_size * per
+            for stage, per in zip(recipes.resolve(name).stages, each, strict=True)
+        )
+        for name, each in calls.items()
+    }
+    spent["direct"] = sum(
+        3 * steps * stage.steps * stage.batch_size
+        for steps in recipes.DIRECT_STEPS
+        for stage in recipes.resolve(f"direct-{steps}").stages
+    )
+    assert all(total == pytest.approx(recipes.CALLS["quick"], rel=0.01) for total in spent.values())

@@ -7,11 +7,13 @@ the recipe up to that stage: change a number and it is another artefact.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from turbo_lab.adapters import AdapterSize
 from turbo_lab.errors import BadInput
 from turbo_lab.fit import Optimiser
 from turbo_lab.methods import METHODS
@@ -42,11 +44,22 @@ class Rates(_Frozen):
         return Optimiser(**self.model_dump())
 
 
+class Pairs(_Frozen):
+    """Data drawn from the guided teacher: noise, and where Euler steps from it end."""
+
+    n: int = Field(ge=1, le=1_000_000)
+    steps: int = Field(ge=1, le=1000)
+
+
 class Stage(_Frozen):
-    """One method, its options and its budget."""
+    """One method, its options and its budget.
+
+    ``teacher`` is the guided teacher or the student of the stage before; ``pairs`` replaces real
+    postcards by the teacher's samples. What is None is left out of the key.
+    """
 
     method: str
-    options: Mapping[str, float | int | str] = Field(default_factory=dict)
+    options: Mapping[str, float | int | str | tuple[float, ...]] = Field(default_factory=dict)
     steps: int = Field(ge=1)
     batch_size: int = Field(64, ge=1)
     rates: Mapping[str, Rates]
@@ -54,6 +67,9 @@ class Stage(_Frozen):
     sign_grid: int = Field(1, ge=1, le=4)
     posters: float = Field(0.0, ge=0, le=1)
     version: int = Field(1, ge=1)
+    teacher: Literal["guided", "before"] | None = None
+    guidance_scale: float | None = Field(None, ge=0, le=20)
+    pairs: Pairs | None = None
 
     @field_validator("method")
     @classmethod
@@ -64,7 +80,11 @@ class Stage(_Frozen):
 
 
 class Recipe(_Frozen):
-    """A named list of stages on a testbed."""
+    """A named list of stages on a testbed.
+
+    A student has a ``teacher``, the recipe of the network it starts from, and is an ``adapter``
+    on it.
+    """
 
     name: str
     testbed: Literal["postcards"] = "postcards"
@@ -72,6 +92,8 @@ class Recipe(_Frozen):
     net: NetSize = NetSize()
     seed: int = Field(0, ge=0)
     stages: tuple[Stage, ...] = Field(min_length=1)
+    teacher: Recipe | None = None
+    adapter: AdapterSize | None = None
 
     @property
     def artefact(self) -> str:
@@ -86,7 +108,13 @@ class Recipe(_Frozen):
 
     def spec(self) -> dict[str, Any]:
         """What the key of the artefact is made of."""
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", exclude_none=True)
+
+    @property
+    def samples_seen(self) -> int:
+        """Training samples used in all stages, and in those of the teacher."""
+        own = sum(stage.steps * stage.batch_size for stage in self.stages)
+        return own + (self.teacher.samples_seen if self.teacher else 0)
 
 
 def teacher(profile: Profile, seed: int) -> Recipe:
@@ -132,7 +160,180 @@ def teacher(profile: Profile, seed: int) -> Recipe:
     return Recipe(name="teacher", seed=seed, stages=stages)
 
 
-RECIPES: Mapping[str, Callable[[Profile, int], Recipe]] = MappingProxyType({"teacher": teacher})
+# --- students of notebook 02 --------------------------------------------------------------------
+
+GUIDANCE = 4.0
+"""Guidance scale that every student distils."""
+CHAIN = (16, 8, 4, 2, 1)
+"""Steps of the progressive students; the guided teacher walks 32."""
+CALLS = {"smoke": 1_500, "quick": 150_000, "paper": 1_500_000}
+"""Network calls that each trajectory method may spend on all its students together: one per image
+and forward pass, three where a gradient is taken. Equal for all, so that methods are compared and
+not budgets; the pairs of direct distillation are not counted, which favours it."""
+
+
+def _student(name: str, seed: int, stages: tuple[Stage, ...]) -> Recipe:
+    base = teacher("quick", 0)
+    return Recipe(
+        name=name, seed=seed, net=base.net, stages=stages, teacher=base, adapter=AdapterSize()
+    )
+
+
+def _distill(
+    method: str,
+    profile: Profile,
+    calls: float,
+    *,
+    per_sample: int,
+    options: Mapping[str, float | int | str | tuple[float, ...]],
+    teacher: Literal["guided", "before"] | None = "guided",
+    pairs: Pairs | None = None,
+) -> Stage:
+    """A stage of as many steps as its calls pay for.
+
+    Args:
+        method: name in `METHODS`.
+        profile: smoke, quick or paper.
+        calls: network calls it may spend.
+        per_sample: calls of one sample in one step: a forward pass is 1, with a gradient 3.
+        options: of the method.
+        teacher: who teaches.
+        pairs: data drawn from the teacher.
+    """
+    batch_size = {"smoke": 4, "quick": 16, "paper": 32}[profile]
+    steps = max(2, int(calls / (per_sample * batch_size)))
+    return Stage(
+        method=method,
+        options=options,
+        steps=steps,
+        batch_size=batch_size,
+        rates={"student": Rates(lr=1e-3, warmup=min(20, steps), final=0.1)},
+        ema=0.99,
+        teacher=teacher,
+        guidance_scale=GUIDANCE if teacher == "guided" or pairs else None,
+        pairs=pairs,
+    )
+
+
+def progressive(profile: Profile, seed: int) -> Recipe:
+    """32 guided teacher steps, halved to 16, 8, 4, 2 and 1; the last two stages are doubled."""
+    unit = CALLS[profile] / (len(CHAIN) + 2)
+    stages = [
+        _distill(
+            "progressive",
+            profile,
+            unit * (2 if steps <= 2 else 1),
+            per_sample=7 if steps == CHAIN[0] else 5,
+            options={"steps": steps, "teacher_steps": 2 * steps},
+            teacher="guided" if steps == CHAIN[0] else "before",
+        )
+        for steps in CHAIN
+    ]
+    return _student("progressive", seed, tuple(stages))
+
+
+def consistency(profile: Profile, seed: int) -> Recipe:
+    """Discrete consistency distillation: one student for any number of steps."""
+    options = {"grid_steps": 40}
+    stage = _distill("consistency", profile, CALLS[profile], per_sample=6, options=options)
+    return _student("consistency", seed, (stage,))
+
+
+def continuous(profile: Profile, seed: int) -> Recipe:
+    """Continuous-time consistency; ρ rises over the first fifth of the steps."""
+    stage = _distill("continuous", profile, CALLS[profile], per_sample=7, options={})
+    stage = stage.model_copy(update={"options": {"warmup": stage.steps // 5}})
+    return _student("continuous", seed, (stage,))
+
+
+def direct(steps: int) -> Callable[[Profile, int], Recipe]:
+    """Direct distillation unrolled over ``steps``; a student for each number of steps."""
+
+    def recipe(profile: Profile, seed: int) -> Recipe:
+        stage = _distill(
+            "direct",
+            profile,
+            CALLS[profile] / len(DIRECT_STEPS),
+            per_sample=3 * steps,
+            options={"steps": steps},
+            teacher=None,
+            pairs=Pairs(n={"smoke": 8, "quick": 2048, "paper": 16_384}[profile], steps=32),
+        )
+        return _student(f"direct-{steps}", seed, (stage,))
+
+    return recipe
+
+
+DIRECT_STEPS = (8, 4, 2, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How a method's students are reached and sampled.
+
+    Args:
+        title: for tables and figures.
+        eta: of the sampler: 0 is Euler, 1 predicts and renoises.
+        recipe: ``(steps, profile, seed)`` to the recipe of the student for that many steps.
+    """
+
+    title: str
+    eta: float
+    recipe: Callable[[int, Profile, int], Recipe]
+
+
+def _of_chain(steps: int, profile: Profile, seed: int) -> Recipe:
+    if steps not in CHAIN:
+        raise BadInput("steps", steps, f"choose one of {', '.join(map(str, CHAIN))}")
+    whole = progressive(profile, seed)
+    return whole.model_copy(update={"stages": whole.stages[: CHAIN.index(steps) + 1]})
+
+
+def _of_direct(steps: int, profile: Profile, seed: int) -> Recipe:
+    if steps not in DIRECT_STEPS:
+        raise BadInput("steps", steps, f"choose one of {', '.join(map(str, DIRECT_STEPS))}")
+    return direct(steps)(profile, seed)
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "direct": Family(title="direct distillation", eta=0.0, recipe=_of_direct),
+        "progressive": Family(title="progressive", eta=0.0, recipe=_of_chain),
+        "consistency": Family(
+            title="consistency",
+            eta=1.0,
+            recipe=lambda steps, profile, seed: consistency(profile, seed),
+        ),
+        "continuous": Family(
+            title="continuous consistency",
+            eta=1.0,
+            recipe=lambda steps, profile, seed: continuous(profile, seed),
+        ),
+    }
+)
+"""Methods whose students notebooks compare; each has one for 1, 2, 4 and 8 steps."""
+
+
+def student_recipe(family: str, *, steps: int, profile: Profile = "quick", seed: int = 0) -> Recipe:
+    """Return the recipe of a family's student for a number of steps.
+
+    Raises:
+        BadInput: unknown family, or one that has no student for so many steps.
+    """
+    if family not in FAMILIES:
+        raise BadInput("family", family, f"choose one of {', '.join(FAMILIES)}")
+    return FAMILIES[family].recipe(steps, profile, seed)
+
+
+RECIPES: Mapping[str, Callable[[Profile, int], Recipe]] = MappingProxyType(
+    {
+        "teacher": teacher,
+        "progressive": progressive,
+        "consistency": consistency,
+        "continuous": continuous,
+        **{f"direct-{steps}": direct(steps) for steps in DIRECT_STEPS},
+    }
+)
 
 
 def resolve(name: str, *, profile: Profile = "quick", seed: int = 0) -> Recipe:

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor
 
+from turbo_lab.adapters import Host
 from turbo_lab.atomic import atomic_write_text, save_tensors
 from turbo_lab.cpu import tune_allocator
 from turbo_lab.errors import MissingPiece
-from turbo_lab.fit import Objective, Record, Saving, Shadow, fit
+from turbo_lab.field import Field, frozen, guided
+from turbo_lab.fit import Batch, Objective, Record, Saving, Shadow, fit
 from turbo_lab.methods import METHODS
+from turbo_lab.methods.kinds import TrainableField
 from turbo_lab.postcards.captions import null_tokens
+from turbo_lab.progress import progress
 from turbo_lab.recipes import Recipe, Stage
 from turbo_lab.store import Artefact, Checkpoints, Store
-from turbo_lab.streams import seed_for
-from turbo_lab.testbeds.postcards import PostcardNet, spawn_net, train_batch
+from turbo_lab.streams import Draw, seed_for
+from turbo_lab.testbeds.postcards import (
+    PairSource,
+    PostcardNet,
+    pair_batch,
+    spawn_net,
+    train_batch,
+)
 
+PAIRS = "postcards/pairs"
 HISTORY_EVERY = 20
 """Steps per line of history.jsonl (a line is the mean over them)."""
 SAVE_SECONDS = 60.0
@@ -59,40 +72,24 @@ def trained(
     store, watch = store or Store.default(), watch or _unwatched
     if not fresh and (found := store.find(recipe.artefact, recipe.spec())):
         return found  # without asking for the stages before it
+    if recipe.teacher is not None:
+        trained(recipe.teacher, store=store, device=device, watch=watch)  # fresh is for students
     if recipe.before is not None:
         trained(recipe.before, store=store, fresh=fresh, device=device, watch=watch)
     make = partial(_make, recipe, store, device, watch)
     return store.get_or_make(recipe.artefact, recipe.spec(), make, fresh=fresh)
 
 
-def starting_net(recipe: Recipe, store: Store) -> PostcardNet:
-    """Build the network that the last stage of a recipe starts from.
-
-    Raises:
-        MissingPiece: the stage before it is not in the store.
-    """
-    if recipe.before is None:
-        return spawn_net(recipe.net, recipe.seed)
-    found = store.find(recipe.artefact, recipe.before.spec())
-    if found is None:
-        raise MissingPiece(
-            f"{recipe.artefact} starts from a stage that is not in the store; "
-            f"run turbo-lab train {recipe.name} --fresh."
-        )
-    return load_net(recipe.before, found).train().requires_grad_(True)
-
-
 def load_net(recipe: Recipe, artefact: Artefact) -> PostcardNet:
     """Build the network of a recipe with the weights of an artefact, frozen, in eval mode."""
     net = spawn_net(recipe.net, recipe.seed)
-    net.load_state_dict({k: v.float() for k, v in artefact.tensors().items()})
+    net.load_state_dict(_floats(artefact))
     return net.eval().requires_grad_(False)
 
 
 def replay(recipe: Recipe, artefact: Artefact, store: Store) -> Trace:
     """Run today's code for the steps that the artefact's trace recorded."""
-    start, finished = starting_net(recipe, store), load_net(recipe, artefact)
-    return Trace(first=_losses(recipe, start), last=_losses(recipe, finished))
+    return _trace(recipe, store, _floats(artefact))
 
 
 def recorded(artefact: Artefact) -> Trace:
@@ -107,56 +104,178 @@ def history(artefact: Artefact) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+# --- the workbench ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workbench:
+    """What a stage works with: the student, its average, and everything a method may ask for.
+
+    ``pieces`` go by the names of the methods' fields: student, average, teacher, null.
+    """
+
+    student: TrainableField
+    average: TrainableField
+    pieces: Mapping[str, object]
+    batches: Callable[[Draw], Batch]
+
+    def objective(self, stage: Stage) -> Objective:
+        """Build the method of a stage from the pieces it has fields for."""
+        kind = METHODS[stage.method]
+        wanted = {f.name for f in dataclasses.fields(kind)} & self.pieces.keys()
+        return kind(**{name: self.pieces[name] for name in wanted}, **stage.options)
+
+
+def workbench(recipe: Recipe, store: Store, device: str = "cpu") -> Workbench:
+    """Set up the last stage of a recipe, at its beginning.
+
+    Raises:
+        MissingPiece: the stage before it, or the teacher, is not in the store.
+    """
+    return (_net_bench if recipe.teacher is None else _adapter_bench)(recipe, store, device)
+
+
+def _net_bench(recipe: Recipe, store: Store, device: str) -> Workbench:
+    """A whole network learns: from its seed, or from the stage before."""
+    net = spawn_net(recipe.net, recipe.seed)
+    if recipe.before is not None:
+        net.load_state_dict(_floats(_found(recipe.before, store)))
+    net = net.to(device).train()
+    average = copy.deepcopy(net).requires_grad_(False)
+    pieces = {"student": net, "null": null_tokens(1)}
+    batches = _real(recipe, device)
+    return Workbench(student=net, average=average, pieces=pieces, batches=batches)
+
+
+def _adapter_bench(recipe: Recipe, store: Store, device: str) -> Workbench:
+    """An adapter on the teacher's network learns; the bare network, or a copy, teaches it."""
+    assert recipe.teacher is not None and recipe.adapter is not None
+    stage = recipe.stages[-1]
+    artefact = _found(recipe.teacher, store)
+    host = Host(load_net(recipe.teacher, artefact).to(device), part="transformer")
+    student = host.add("student", recipe.adapter, seed=recipe.seed)
+    if recipe.before is not None:
+        student.load_state_dict(_floats(_found(recipe.before, store)))
+    average = host.copy(student, "average")
+    guide = guided(frozen(host.bare), null_tokens(1), stage.guidance_scale or 1.0)
+    pieces: dict[str, object] = {"student": student, "average": average, "null": null_tokens(1)}
+    if stage.teacher == "guided":
+        pieces["teacher"] = guide
+    elif stage.teacher == "before":
+        pieces["teacher"] = frozen(host.copy(student, "before"))
+    batches = _real(recipe, device)
+    if stage.pairs is not None:
+        batches = partial(pair_batch, _pair_source(recipe, stage, store, guide, device))
+    return Workbench(student=student, average=average, pieces=pieces, batches=batches)
+
+
+def _real(recipe: Recipe, device: str) -> Callable[[Draw], Batch]:
+    """Postcards that no earlier stage has seen."""
+    stage = recipe.stages[-1]
+    return partial(
+        train_batch,
+        seed=recipe.seed if recipe.teacher is None else recipe.teacher.seed,
+        skip=recipe.samples_seen - stage.steps * stage.batch_size,
+        sign_grid=stage.sign_grid,
+        posters=stage.posters,
+        device=device,
+    )
+
+
+def _pair_source(
+    recipe: Recipe, stage: Stage, store: Store, guide: Field, device: str
+) -> PairSource:
+    """Pairs of a stage, kept in the store once all of them have been drawn."""
+    assert recipe.teacher is not None and stage.pairs is not None
+    source = PairSource(
+        field=guide, n=stage.pairs.n, steps=stage.pairs.steps, seed=recipe.teacher.seed,
+        device=device,
+    )  # fmt: skip
+    found = store.find(PAIRS, _pair_spec(recipe, stage))
+    if found is not None:
+        source.known.update(_rows(found.tensors("pairs.safetensors")))
+    return source
+
+
+def _pair_spec(recipe: Recipe, stage: Stage) -> dict[str, object]:
+    assert recipe.teacher is not None and stage.pairs is not None
+    return {
+        "teacher": recipe.teacher.spec(),
+        "guidance_scale": stage.guidance_scale,
+        **stage.pairs.model_dump(),
+    }
+
+
+def _draw_all_pairs(recipe: Recipe, store: Store, device: str) -> None:
+    """Draw the pairs of the last stage once and keep them, so that every student shares them."""
+    stage = recipe.stages[-1]
+
+    def draw(folder: Path) -> None:
+        bench = workbench(recipe, store, device)
+        source: PairSource = bench.batches.args[0]  # type: ignore[attr-defined]
+        with progress(source.n, f"{source.n} samples of the teacher") as tick:
+            for first in range(0, source.n, 64):
+                source.rows(range(first, min(first + 64, source.n)))
+                tick(min(first + 64, source.n), "")
+        samples = torch.stack([source.known[i] for i in range(source.n)])
+        save_tensors(folder, "pairs.safetensors", {"x": samples})
+
+    store.get_or_make(PAIRS, _pair_spec(recipe, stage), draw)
+
+
+def _rows(tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    return dict(enumerate(tensors["x"]))
+
+
+def _found(recipe: Recipe, store: Store) -> Artefact:
+    found = store.find(recipe.artefact, recipe.spec())
+    if found is None:
+        raise MissingPiece(
+            f"{recipe.artefact} is needed as a start and is not in the store; "
+            f"run turbo-lab train {recipe.name} --fresh."
+        )
+    return found
+
+
+def _floats(artefact: Artefact) -> dict[str, Tensor]:
+    return {k: v.float() for k, v in artefact.tensors().items()}
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
 def _make(recipe: Recipe, store: Store, device: str, watch: Watch, folder: Path) -> None:
     tune_allocator()
     stage = recipe.stages[-1]
+    if stage.pairs is not None:
+        _draw_all_pairs(recipe, store, device)
     earlier = sum(s.steps for s in recipe.stages[:-1])
     work = store.workdir(recipe.artefact, recipe.spec())
-    net = starting_net(recipe, store).to(device)
-    average = copy.deepcopy(net).requires_grad_(False)
+    bench = workbench(recipe, store, device)
     lines = _History(work / "history.jsonl", stage=len(recipe.stages))
     saving = Saving(checkpoints=Checkpoints(folder=work), every_seconds=SAVE_SECONDS)
-    for record in _fit(recipe, net, average, saving):
+    shadow = Shadow(of="student", average=bench.average, decay=stage.ema)
+    for record in _fit(recipe, bench, (shadow,), saving):
         lines.add(record, last=record.step == stage.steps)
         watch(record, earlier + record.step)
     # Half precision holds an averaged weight to 3 digits more than its own training noise.
-    weights = {k: v.detach().cpu().half() for k, v in average.state_dict().items()}
+    weights = {k: v.detach().cpu().half() for k, v in bench.average.state_dict().items()}
     save_tensors(folder, "weights.safetensors", weights)
-    finished = spawn_net(recipe.net, recipe.seed)
-    finished.load_state_dict({k: v.float() for k, v in weights.items()})
-    trace = {
-        "first": _losses(recipe, starting_net(recipe, store)),
-        "last": _losses(recipe, finished),
-    }
-    atomic_write_text(folder / "trace.json", json.dumps(trace))
+    trace = _trace(recipe, store, {k: v.float() for k, v in weights.items()})
+    atomic_write_text(folder / "trace.json", json.dumps(dataclasses.asdict(trace)))
     atomic_write_text(folder / "history.jsonl", _earlier_history(recipe, store) + lines.text())
-
-
-def objective_of(stage: Stage, net: nn.Module) -> Objective:
-    """Build the method of a stage around a network."""
-    return METHODS[stage.method](student=net, null=null_tokens(1), **stage.options)  # type: ignore[arg-type]
 
 
 def _fit(
     recipe: Recipe,
-    net: PostcardNet,
-    average: PostcardNet | None = None,
+    bench: Workbench,
+    shadows: Sequence[Shadow] = (),
     saving: Saving | None = None,
 ) -> Iterator[Record]:
     stage = recipe.stages[-1]
-    seen = sum(s.steps * s.batch_size for s in recipe.stages[:-1])
-    shadows = (Shadow(of="student", average=average, decay=stage.ema),) if average else ()
-    device = next(net.parameters()).device
     return fit(
-        objective_of(stage, net.train()),
-        partial(
-            train_batch,
-            seed=recipe.seed,
-            skip=seen,
-            sign_grid=stage.sign_grid,
-            posters=stage.posters,
-            device=device,
-        ),
+        bench.objective(stage),
+        bench.batches,
         steps=stage.steps,
         batch_size=stage.batch_size,
         seed=_stage_seed(recipe),
@@ -172,8 +291,16 @@ def _stage_seed(recipe: Recipe) -> int:
     return seed_for(recipe.seed, "stage", stage) if stage else recipe.seed
 
 
-def _losses(recipe: Recipe, net: PostcardNet) -> tuple[float, ...]:
-    records = islice(_fit(recipe, net), TRACE_STEPS)
+def _trace(recipe: Recipe, store: Store, weights: Mapping[str, Tensor]) -> Trace:
+    """Losses of the first steps, and of as many from given weights, on the CPU."""
+    first = _losses(recipe, workbench(recipe, store))
+    bench = workbench(recipe, store)
+    bench.student.load_state_dict(weights)
+    return Trace(first=first, last=_losses(recipe, bench))
+
+
+def _losses(recipe: Recipe, bench: Workbench) -> tuple[float, ...]:
+    records = islice(_fit(recipe, bench), TRACE_STEPS)
     return tuple(sum(record.terms.values()) for record in records)
 
 

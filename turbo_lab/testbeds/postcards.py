@@ -7,8 +7,9 @@ the network is the stock ``QwenImageTransformer2DModel`` of diffusers, only smal
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from itertools import product
 
 import torch
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 
 from turbo_lab.field import Field, frozen, guided
 from turbo_lab.fit import Batch
+from turbo_lab.path import time_grid
 from turbo_lab.postcards import SIZE, Caption, Scenes, caption_tokens, draw_scenes, render
 from turbo_lab.postcards.captions import VOCABULARY, null_tokens
 from turbo_lab.postcards.render import render_posters
-from turbo_lab.streams import Draw, seed_for
+from turbo_lab.sample import draw_samples
+from turbo_lab.streams import Draw, noise, seed_for
 
 PATCH = 2  # of the pixel-unshuffle and of Qwen's packing: a token is a 4x4 pixel patch
 LATENT_CHANNELS = 3 * PATCH**2
@@ -195,6 +198,58 @@ def train_batch(
         chosen = draw.uniform("poster") < posters
         images[chosen] = render_posters(scenes[chosen], _poster_places(draw)[chosen])
     return Batch(encode(images).to(device), scenes.tokens.to(device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSource:
+    """Noise and the samples a field makes of it, drawn when first asked for and then known.
+
+    Args:
+        field: the guided teacher.
+        n: number of pairs; pair i has scene i of the train stream as its caption.
+        steps: Euler steps of the teacher.
+        seed: of scenes and noise.
+        device: where the field runs.
+    """
+
+    field: Field
+    n: int
+    steps: int
+    seed: int
+    device: str = "cpu"
+    known: dict[int, Tensor] = dataclass_field(default_factory=dict)
+
+    @property
+    def noise_seed(self) -> int:
+        """Seed of the noise: never that of samples drawn for measuring."""
+        return seed_for(self.seed, "pairs")
+
+    def rows(self, indices: Sequence[int]) -> Batch:
+        """Pairs as a batch: ``x`` samples and ``z`` noise ``[B, 12, 16, 16]``, captions ``c``."""
+        tokens = draw_scenes("train", indices, seed=self.seed).tokens
+        missing = [row for row, i in enumerate(indices) if i not in self.known]
+        if missing:
+            drawn = draw_samples(
+                self.field,
+                time_grid(self.steps),
+                LATENT_SHAPE,
+                tokens[missing],
+                seed=self.noise_seed,
+                indices=[indices[row] for row in missing],
+                batch=64,
+                device=self.device,
+            )
+            self.known.update(zip((indices[row] for row in missing), drawn, strict=True))
+        x = torch.stack([self.known[i] for i in indices]).to(self.device)
+        z = noise(LATENT_SHAPE, seed=self.noise_seed, stream="z", indices=indices).to(self.device)
+        return Batch(x, tokens.to(self.device), z)
+
+
+def pair_batch(source: PairSource, draw: Draw) -> Batch:
+    """Pairs for the rows of a draw; after the last pair comes the first again."""
+    first = draw.step * draw.total
+    stop = draw.total if draw.stop is None else draw.stop
+    return source.rows([i % source.n for i in range(first + draw.start, first + stop)])
 
 
 def _poster_places(draw: Draw) -> Tensor:
