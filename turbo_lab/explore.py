@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from turbo_lab.errors import TurboLabError
 from turbo_lab.figures import contact_sheet
-from turbo_lab.lab import Lab, checked_sampling
+from turbo_lab.lab import TEACHER_GUIDANCE, TEACHER_STEPS, Lab, checked_sampling
 from turbo_lab.postcards import Caption, caption_tokens
 from turbo_lab.postcards.captions import ARMS, GROUNDS, LEGS
+from turbo_lab.recipes import FAMILIES
 
 if TYPE_CHECKING:
     import ipywidgets
@@ -23,15 +27,11 @@ def postcard_png(
     Raises:
         BadInput: a number out of range, or a caption outside the grammar.
     """
-    from PIL import Image
-
     sampling = checked_sampling(
         {"steps": steps, "guidance_scale": guidance_scale, "shift": shift, "seed": seed}
     )
     images, _, _ = lab.draw_for(caption_tokens([caption]), sampling)
-    buffer = io.BytesIO()
-    Image.fromarray(contact_sheet(images, columns=1, enlarge=8)).save(buffer, format="PNG")
-    return buffer.getvalue()
+    return _png(images)
 
 
 def teacher_explorer(lab: Lab) -> ipywidgets.Widget:
@@ -46,12 +46,7 @@ def teacher_explorer(lab: Lab) -> ipywidgets.Widget:
         "seed": w.BoundedIntText(value=0, min=0, max=10**6, description="seed"),
     }
     controls["guidance_scale"].continuous_update = False
-    words = {
-        "arms": w.Dropdown(options=ARMS, description="arms"),
-        "legs": w.Dropdown(options=LEGS, description="legs"),
-        "ground": w.Dropdown(options=GROUNDS, description="ground"),
-        "number": w.Text(value="42", description="sign", **late),
-    }
+    words = _words()
     picture, note = w.Image(format="png", width=256, height=256), w.Label()
 
     def draw(_: object = None) -> None:
@@ -69,3 +64,74 @@ def teacher_explorer(lab: Lab) -> ipywidgets.Widget:
         box.observe(draw, names="value")
     draw()
     return w.HBox([w.VBox([*controls.values(), *words.values()]), w.VBox([picture, note])])
+
+
+def student_pngs(
+    lab: Lab, caption: str, *, family: str, steps: int, seed: int
+) -> tuple[bytes, bytes]:
+    """Draw one postcard with a student and, from the same noise, with the teacher, as PNGs.
+
+    Raises:
+        BadInput: an unknown family, steps it has no student for, a negative seed, or a caption
+            outside the grammar.
+    """
+    student = lab.student(family, steps=steps)
+    values = {"steps": steps, "guidance_scale": 1.0, "eta": student.eta, "seed": seed}
+    ours, _, _ = lab.draw_for(caption_tokens([caption]), checked_sampling(values), "", student)
+    theirs = postcard_png(
+        lab, caption, steps=TEACHER_STEPS, guidance_scale=TEACHER_GUIDANCE, shift=1.0, seed=seed
+    )
+    return _png(ours), theirs
+
+
+def student_explorer(lab: Lab, families: Sequence[str]) -> ipywidgets.Widget:
+    """Controls for method, steps, caption and noise beside the student's and teacher's picture."""
+    import ipywidgets as w
+
+    names = [(FAMILIES[f].title, f) for f in families]
+    controls = {
+        "family": w.Dropdown(options=names, description="method"),
+        "steps": w.SelectionSlider(
+            options=[1, 2, 4, 8], value=2, description="steps", continuous_update=False
+        ),
+        "seed": w.BoundedIntText(value=0, min=0, max=10**6, description="noise"),
+    }
+    words = _words()
+    pictures = [w.Image(format="png", width=256, height=256) for _ in range(2)]
+    note = w.Label()
+
+    def draw(_: object = None) -> None:
+        try:
+            caption = str(Caption(**{name: box.value for name, box in words.items()}))
+            values = {name: box.value for name, box in controls.items()}
+            drawn = student_pngs(lab, caption, **values)
+            for picture, png in zip(pictures, drawn, strict=True):
+                picture.value = png
+            note.value = f"{caption} · left {values['steps']} NFE, right {2 * TEACHER_STEPS} NFE"
+        except TurboLabError as error:
+            note.value = str(error)
+
+    for box in (*controls.values(), *words.values()):
+        box.observe(draw, names="value")
+    draw()
+    knobs = w.VBox([*controls.values(), *words.values()])
+    return w.HBox([knobs, w.VBox([w.HBox(pictures), note])])
+
+
+def _words() -> dict[str, ipywidgets.Widget]:
+    import ipywidgets as w
+
+    return {
+        "arms": w.Dropdown(options=ARMS, description="arms"),
+        "legs": w.Dropdown(options=LEGS, description="legs"),
+        "ground": w.Dropdown(options=GROUNDS, description="ground"),
+        "number": w.Text(value="42", description="sign", continuous_update=False),
+    }
+
+
+def _png(images: Tensor) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(contact_sheet(images, columns=1, enlarge=8)).save(buffer, format="PNG")
+    return buffer.getvalue()

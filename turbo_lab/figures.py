@@ -155,7 +155,7 @@ def image_rows(
         axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
         for axis, (label, images) in zip(axes, rows.items(), strict=True):
             axis.imshow(contact_sheet(images, columns=count), interpolation="nearest")
-            _bare(axis)
+            bare(axis)
             axis.set_ylabel(label, rotation=0, ha="right", va="center", labelpad=8)
             axis.text(
                 1.01, 0.5, notes.get(label, ""), transform=axis.transAxes, va="center", fontsize=8
@@ -180,7 +180,7 @@ def postcard_sheet(images: Tensor, captions: Sequence[str], *, columns: int = 4)
             axis.imshow(contact_sheet(image[None], columns=1), interpolation="nearest")
             axis.set_xlabel("\n".join(textwrap.wrap(caption, 36)), fontsize=6.5)
         for axis in axes:
-            _bare(axis)
+            bare(axis)
     return figure
 
 
@@ -242,7 +242,7 @@ def small_multiples(
             if metric in goals:
                 axis.axhline(goals[metric], color=THIRD, ls=":", lw=1)
             if log_x:
-                _log_axis(axis, table[x].dropna().unique())
+                log_axis(axis, table[x].dropna().unique())
         for axis in axes[: len(metrics)][-columns:]:
             axis.set_xlabel(xlabel)
         for axis in axes[len(metrics) :]:
@@ -335,7 +335,7 @@ def _one_metric(axis: Axes, rows: pd.DataFrame, x: str) -> None:
         )  # fmt: skip
 
 
-def _log_axis(axis: Axes, ticks: Sequence[float]) -> None:
+def log_axis(axis: Axes, ticks: Sequence[float]) -> None:
     """Logarithmic x with a label at every point that does not crowd the one before."""
     axis.set_xscale("log")
     shown: list[float] = []
@@ -346,7 +346,8 @@ def _log_axis(axis: Axes, ticks: Sequence[float]) -> None:
     axis.minorticks_off()
 
 
-def _bare(axis: Axes) -> None:
+def bare(axis: Axes) -> None:
+    """Take ticks and frame away."""
     axis.set_xticks([])
     axis.set_yticks([])
     for spine in axis.spines.values():

@@ -6,10 +6,12 @@ were drawn before, else they are drawn now with a progress bar. Measurements are
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -18,15 +20,17 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from turbo_lab.adapters import AdapterSize, Host, Worn
 from turbo_lab.atomic import atomic_write_text, save_tensors
 from turbo_lab.cpu import tune_allocator
 from turbo_lab.errors import BadInput, MissingPiece
+from turbo_lab.field import Field as VelocityField
 from turbo_lab.field import counted, frozen, guided
 from turbo_lab.fit import Record
 from turbo_lab.path import time_grid
 from turbo_lab.postcards import Scenes
 from turbo_lab.progress import progress
-from turbo_lab.recipes import Profile, Recipe, resolve
+from turbo_lab.recipes import FAMILIES, Profile, Recipe, resolve, student_recipe
 from turbo_lab.sample import draw_samples
 from turbo_lab.store import Artefact, Store
 from turbo_lab.testbeds.postcards import Postcards
@@ -38,8 +42,11 @@ TEACHER_GUIDANCE = 4.0
 """Qwen-Image's own scale, taken over and not tuned; LOG.md compares it with 2 in one look."""
 
 
+Stream = Literal["critic", "eval", "select"]
+
+
 class Sampling(BaseModel):
-    """How to sample the teacher; frozen, and the key under which samples are kept."""
+    """How to sample the teacher or a student; frozen, and the key under which samples are kept."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -47,8 +54,9 @@ class Sampling(BaseModel):
     guidance_scale: float = Field(TEACHER_GUIDANCE, ge=0, le=20)
     rescale: Literal["none", "token", "sample"] = "none"
     shift: float = Field(1.0, gt=0, le=100)
+    eta: float = Field(0.0, ge=0, le=1)
     n: int = Field(256, ge=1, le=100_000)
-    stream: Literal["critic", "eval", "select"] = "eval"
+    stream: Stream = "eval"
     seed: int = Field(0, ge=0)
 
 
@@ -64,6 +72,23 @@ class Samples:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Student:
+    """A distilled student: its adapter, worn on the teacher's network, and how it is sampled."""
+
+    family: str
+    steps: int
+    eta: float
+    artefact: Artefact
+    field: VelocityField
+
+    def sampling(self, *, n: int, seed: int = 0, stream: Stream = "eval") -> Sampling:
+        """How this student is meant to be sampled: one network call per step."""
+        return Sampling(
+            steps=self.steps, eta=self.eta, guidance_scale=1.0, n=n, seed=seed, stream=stream
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Lab:
     """A testbed with its artefact, on a device, with a store behind it."""
 
@@ -72,9 +97,53 @@ class Lab:
     testbed: Postcards
     store: Store
     device: str
+    hosts: dict[AdapterSize, Host] = dataclass_field(default_factory=dict)
 
-    def samples(self, sampling: Sampling, what: str = "") -> Samples:
-        """Return samples from the store, drawing them first if they are not there."""
+    def student(
+        self,
+        family: str,
+        *,
+        steps: int,
+        seed: int = 0,
+        profile: Profile = "quick",
+    ) -> Student:
+        """Return a family's student for a number of steps, trained first if it is nowhere.
+
+        Raises:
+            BadInput: unknown family, or one that has no student for so many steps.
+        """
+        recipe = student_recipe(family, steps=steps, profile=profile, seed=seed)
+        return self.worn(recipe, self.trained(recipe), family=family, steps=steps)
+
+    def trained(self, recipe: Recipe, *, fresh: bool = False) -> Artefact:
+        """Return the artefact of a recipe, trained on this bench's device if it is nowhere."""
+        return _trained(recipe, store=self.store, fresh=fresh, device=self.device)
+
+    def worn(self, recipe: Recipe, artefact: Artefact, *, family: str, steps: int) -> Student:
+        """Put the adapter of an artefact on a copy of the teacher's network, once."""
+        assert recipe.adapter is not None
+        host = self.hosts.get(recipe.adapter)
+        if host is None:
+            host = Host(copy.deepcopy(self.testbed.net), part="transformer")
+            self.hosts[recipe.adapter] = host
+        name = f"a{artefact.key}"
+        if name not in host.sizes:
+            adapter = host.add(name, recipe.adapter, seed=0)
+            adapter.load_state_dict({k: v.float() for k, v in artefact.tensors().items()})
+        field = frozen(Worn(host=host, name=name))
+        eta = FAMILIES[family].eta
+        return Student(family=family, steps=steps, eta=eta, artefact=artefact, field=field)
+
+    def samples(
+        self, sampling: Sampling, what: str = "", student: Student | None = None
+    ) -> Samples:
+        """Return samples from the store, drawing them first if they are not there.
+
+        Args:
+            sampling: how to sample; its guidance is of the teacher, a student has none.
+            what: for the progress bar.
+            student: who is sampled; the teacher if None.
+        """
         spec = {
             "kind": "samples",
             "version": 1,
@@ -84,7 +153,9 @@ class Lab:
             **sampling.model_dump(),
         }
         what = what or f"{sampling.steps} steps, guidance {sampling.guidance_scale:g}"
-        make = partial(self._draw_into, sampling, what)
+        if student is not None:
+            spec["student"] = student.artefact.key
+        make = partial(self._draw_into, sampling, what, student)
         artefact = self.store.get_or_make("postcards/samples", spec, make)
         cost = artefact.json("cost.json")
         return Samples(
@@ -95,19 +166,20 @@ class Lab:
             key=artefact.key,
         )
 
-    def draw(self, sampling: Sampling, what: str) -> tuple[Tensor, float, float]:
+    def draw(
+        self, sampling: Sampling, what: str, student: Student | None = None
+    ) -> tuple[Tensor, float, float]:
         """Draw samples now; return images ``[n, 3, 32, 32]``, NFE and seconds per image."""
         scenes = self.testbed.prompts(sampling.n, sampling.stream)
-        return self.draw_for(scenes.tokens, sampling, what)
+        return self.draw_for(scenes.tokens, sampling, what, student)
 
     def draw_for(
-        self, tokens: Tensor, sampling: Sampling, what: str = ""
+        self, tokens: Tensor, sampling: Sampling, what: str = "", student: Student | None = None
     ) -> tuple[Tensor, float, float]:
         """Draw one image for each row of tokens ``[n, 5]``; see `draw`."""
-        net = counted(self.testbed.net)
-        field = guided(
-            frozen(net), self.testbed.null, sampling.guidance_scale, rescale=sampling.rescale
-        )
+        net = counted(self.testbed.net if student is None else student.field)
+        scale = sampling.guidance_scale if student is None else 1.0
+        field = guided(frozen(net), self.testbed.null, scale, rescale=sampling.rescale)
         began = time.perf_counter()
         with progress(len(tokens), what or "sampling") as tick:
             latents = draw_samples(
@@ -117,6 +189,7 @@ class Lab:
                 tokens,
                 seed=sampling.seed,
                 indices=range(len(tokens)),
+                eta=sampling.eta,
                 batch=64,
                 device=self.device,
                 progress=lambda done, _: tick(done, ""),
@@ -124,8 +197,10 @@ class Lab:
         seconds = (time.perf_counter() - began) / len(tokens)
         return self.testbed.decode(latents), net.per_image(len(tokens)), seconds
 
-    def _draw_into(self, sampling: Sampling, what: str, folder: Path) -> None:
-        images, nfe, seconds = self.draw(sampling, what)
+    def _draw_into(
+        self, sampling: Sampling, what: str, student: Student | None, folder: Path
+    ) -> None:
+        images, nfe, seconds = self.draw(sampling, what, student)
         save_tensors(folder, "images.safetensors", {"images": images})
         cost = {"nfe": nfe, "seconds_per_image": seconds}
         atomic_write_text(folder / "cost.json", json.dumps(cost))

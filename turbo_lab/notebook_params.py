@@ -37,8 +37,17 @@ class Teacher01(NotebookParams):
     captions: Annotated[int, Field(ge=0, le=100_000)] = 0
 
 
+class Blur02(NotebookParams):
+    """Parameters of ``02_blur_...``; ``captions=0`` means as many as the profile says."""
+
+    captions: Annotated[int, Field(ge=0, le=100_000)] = 0
+
+
 #: Notebooks with parameters of their own; the others take ``NotebookParams``.
-NOTEBOOKS: dict[str, type[NotebookParams]] = {"01_teacher": Teacher01}
+NOTEBOOKS: dict[str, type[NotebookParams]] = {
+    "01_teacher": Teacher01,
+    "02_blur_in_trajectory_distillation": Blur02,
+}
 
 
 def model_for(name: str) -> type[NotebookParams]:

@@ -36,6 +36,7 @@ _HOME = {
     ),
     "coverage": ("mode_coverage", "pairwise_distance"),
     "oracles": ("Reading", "fields_of_tokens", "read", "report"),
+    "areas": ("AREAS", "area_errors", "area_masks"),
     "truth": ("edited_truth", "fresh_truth", "paste_sign"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}

@@ -1,0 +1,160 @@
+"""Charts that compare students: lines per method, magnified grids, scatters, ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from turbo_lab.figures import ACCENT, INK, SECOND, SOFT, THIRD, bare, log_axis, style
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLOURS = (ACCENT, SECOND, THIRD, "#8b5aa8", "#b8860b", INK)
+"""One per line or row that is compared."""
+
+
+def compared_lines(
+    table: pd.DataFrame,
+    *,
+    metrics: Mapping[str, str],
+    titles: Mapping[str, str],
+    xlabel: str = "steps",
+    columns: int = 4,
+) -> Figure:
+    """Draw value and interval of each metric against steps, one line per family.
+
+    Args:
+        table: long form with columns ``family``, ``steps``, ``metric``, ``value``, ``low``,
+            ``high``; rows whose steps are NaN are drawn as a band through the panel.
+        metrics: metric name to panel title.
+        titles: family name to its label; the order gives the colours.
+        xlabel: label under the lowest panels.
+        columns: panels per row.
+    """
+    rows = -(-len(metrics) // columns)
+    with style():
+        figure = Figure(figsize=(2.45 * columns, 2.2 * rows + 0.5), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axis, (metric, title) in zip(axes, metrics.items(), strict=False):
+            one = table[table["metric"] == metric]
+            for k, family in enumerate(titles):
+                _family_line(axis, one[one["family"] == family], COLOURS[k], titles[family], k)
+            axis.set_title(title)
+            log_axis(axis, one["steps"].dropna().unique())
+        for axis in axes[: len(metrics)][-columns:]:
+            axis.set_xlabel(xlabel)
+        for axis in axes[len(metrics) :]:
+            axis.set_visible(False)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    return figure
+
+
+def _family_line(axis: Axes, rows: pd.DataFrame, colour: str, label: str, k: int) -> None:
+    for _, band in rows[rows["steps"].isna()].iterrows():
+        axis.axhspan(band["low"], band["high"], color=SOFT, alpha=0.25, lw=0)
+        axis.axhline(band["value"], color=SOFT, lw=1, label=label)
+    points = rows.dropna(subset=["steps"]).sort_values("steps")
+    if len(points):
+        error = [points["value"] - points["low"], points["high"] - points["value"]]
+        axis.errorbar(
+            points["steps"] * 1.03 ** (k - 2), points["value"], yerr=np.abs(error), color=colour,
+            marker="o", ms=3, lw=1.2, capsize=2, label=label,
+        )  # fmt: skip
+
+
+def magnified_grid(
+    cells: Mapping[str, Sequence[np.ndarray]],
+    *,
+    columns: Sequence[str],
+    bars: Mapping[str, Mapping[str, Sequence[float]]],
+    bar_title: str,
+) -> Figure:
+    """Draw a grid of prepared pictures, and beside each row a group of bars per area.
+
+    Args:
+        cells: row label to one uint8 picture ``[H, W, 3]`` per column.
+        columns: title of each column; also what the bars of a group stand for, left to right.
+        bars: row label to area to one height per column; a row may be missing.
+        bar_title: above the bars.
+    """
+    with style():
+        wide = len(columns)
+        figure = Figure(figsize=(1.62 * wide + 2.6, 1.22 * len(cells) + 0.3), layout="constrained")
+        grid = figure.subplots(
+            len(cells), wide + 1, squeeze=False, width_ratios=[1.45] * wide + [2.0]
+        )
+        top = max((max(h) for row in bars.values() for h in row.values()), default=1.0)
+        for r, (label, pictures) in enumerate(cells.items()):
+            for axis, picture in zip(grid[r], pictures, strict=False):
+                axis.imshow(picture, interpolation="nearest")
+            for axis in grid[r, :wide]:
+                bare(axis)
+            grid[r, 0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=6)
+            _area_bars(grid[r, wide], bars.get(label, {}), columns, 1.08 * top)
+        for axis, title in zip(grid[0], columns, strict=False):
+            axis.set_title(title)
+        grid[min(1, len(cells) - 1), wide].set_title(bar_title, fontsize=8)
+    return figure
+
+
+def _area_bars(
+    axis: Axes, areas: Mapping[str, Sequence[float]], columns: Sequence[str], top: float
+) -> None:
+    if not areas:
+        axis.set_visible(False)
+        return
+    for k, heights in enumerate(areas.values()):
+        width = 0.8 / len(heights)
+        for j, height in enumerate(heights):
+            shade = 0.35 + 0.65 * (j + 1) / len(heights)
+            axis.bar(
+                k - 0.4 + (j + 0.5) * width, height, width * 0.9, color=COLOURS[k], alpha=shade
+            )
+    axis.set_xticks(range(len(areas)), list(areas), fontsize=7)
+    axis.set_ylim(0, top)
+    axis.tick_params(axis="y", labelsize=6)
+
+
+def scatter(
+    points: Mapping[str, Sequence[tuple[float, float, str]]], *, xlabel: str, ylabel: str
+) -> Figure:
+    """Draw labelled points, one colour per group: group to ``(x, y, note)``."""
+    with style():
+        figure = Figure(figsize=(5.4, 3.4), layout="constrained")
+        axis = figure.subplots()
+        for k, (group, rows) in enumerate(points.items()):
+            x, y, notes = zip(*rows, strict=True)
+            axis.plot(x, y, color=COLOURS[k], marker="o", ms=5, lw=0.7, label=group)
+            for place, note in zip(zip(x, y, strict=True), notes, strict=True):
+                axis.annotate(note, place, (4, 4), textcoords="offset points", fontsize=7)
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+        axis.legend(fontsize=8)
+    return figure
+
+
+def ratio_lines(
+    rows: Mapping[str, Mapping[str, Sequence[float]]], *, x: Sequence[float], xlabel: str,
+    ylabel: str,
+) -> Figure:  # fmt: skip
+    """Draw one panel per group with lines of ratios against ``x``: group to label to values."""
+    with style():
+        figure = Figure(figsize=(2.5 * len(rows), 2.6), layout="constrained")
+        axes = figure.subplots(1, len(rows), squeeze=False, sharey=True)[0]
+        for axis, (group, lines) in zip(axes, rows.items(), strict=True):
+            axis.axhline(1, color=SOFT, lw=1)
+            for k, (label, values) in enumerate(lines.items()):
+                axis.plot(x, values, color=SECOND, alpha=0.3 + 0.7 * (k + 1) / len(lines), lw=1.3)
+                axis.annotate(
+                    label, (x[-1], values[-1]), (3, 0), textcoords="offset points", fontsize=7,
+                    va="center",
+                )  # fmt: skip
+            axis.set_title(group)
+            axis.set_xlabel(xlabel)
+        axes[0].set_ylabel(ylabel)
+    return figure
