@@ -76,6 +76,8 @@ def test_real_pictures_measure_as_real(bench: Lab) -> None:
         ({"steps": 0}, "steps=0"),
         ({"guidance": -1.0}, "guidance_scale=-1"),
         ({"out": Path("picture.jpg")}, "out"),
+        ({"student": "dmd9"}, "student='dmd9'"),
+        ({"student": "direct", "steps": 3}, "steps=3"),
     ],
 )
 def test_sample_refuses_before_anything_is_loaded(

@@ -171,7 +171,7 @@ def test_claims_follow_the_pictures(comparison: Comparison) -> None:
 
 
 def test_students_of_unknown_kind_or_steps_are_refused(bench: Lab) -> None:
-    with pytest.raises(BadInput, match="family='dmd9'"):
+    with pytest.raises(BadInput, match="student='dmd9'"):
         bench.student("dmd9", steps=2)
     with pytest.raises(BadInput, match="steps=3"):
         bench.student("progressive", steps=3)

@@ -128,6 +128,22 @@ def oracles() -> Iterator[Bar]:
         yield _rate(name, wilson(row.right, row.n), 0.99)
 
 
+def training_step() -> Iterator[Bar]:
+    """A consistency step with a guided teacher, as a multiple of its network passes alone."""
+    from turbo_lab.bench.steps import cases
+    from turbo_lab.bench.train import measure
+
+    row = measure(cases("consistency"), repeats=16).rows[-1]
+    yield Bar(
+        name="bench.consistency_step",
+        value=row.to_passes.value,
+        side="at most",
+        limit=1.10,
+        unit="of its passes",
+        interval=row.to_passes,
+    )
+
+
 def import_time() -> Iterator[Bar]:
     """Seconds that ``import turbo_lab`` takes, median of seven processes."""
     code = "import time; t = time.perf_counter(); import turbo_lab; print(time.perf_counter() - t)"
@@ -151,6 +167,7 @@ BARS: Mapping[str, Callable[[], Iterator[Bar]]] = MappingProxyType(
         "teacher.replay": teacher_replay,
         "teacher.speed": teacher_speed,
         "teacher.quality": teacher_quality,
+        "bench": training_step,
     }
 )
 

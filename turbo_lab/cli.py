@@ -35,6 +35,9 @@ app = typer.Typer(
     help="Few-step diffusion distillation: understand it, measure it, repeat it.",
 )
 
+bench_app = typer.Typer(no_args_is_help=True, help="Measure what things cost, in pairs.")
+app.add_typer(bench_app, name="bench")
+
 ProfileOption = Annotated[str, typer.Option(help="smoke (seconds), quick (minutes) or paper.")]
 OnlyOption = Annotated[
     list[str] | None, typer.Option(help="Beginning of a notebook's name, e.g. 01; repeatable.")
@@ -105,13 +108,16 @@ def sample(
     caption: Annotated[
         list[str] | None, typer.Option(help="What the picture shows; repeatable.")
     ] = None,
+    student: Annotated[
+        str, typer.Option(help="A distilled student, for example consistency; else the teacher.")
+    ] = "",
     steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 40,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is without.")] = 4.0,
     seed: SeedOption = 0,
     out: Annotated[Path, typer.Option(help="The PNG file to write.")] = Path("sample.png"),
     device: DeviceOption = "auto",
 ) -> None:
-    """Draw pictures for captions with the teacher."""
+    """Draw pictures for captions with the teacher or a student."""
     _check_profile_and_seed("quick", seed)
     from turbo_lab import lab
 
@@ -122,6 +128,7 @@ def sample(
         guidance=guidance,
         seed=seed,
         out=out,
+        student=student,
         device=device,
     )
     typer.echo(str(out))
@@ -151,6 +158,20 @@ def bars(
     from turbo_lab.bars import main as measured
 
     raise typer.Exit(measured(only or None))
+
+
+@bench_app.command("train")
+def bench_train(
+    only: Annotated[str, typer.Option(help="Beginning of methods' names; all if not given.")] = "",
+    batch_size: Annotated[int, typer.Option(help="Samples of a step.")] = 16,
+    repeats: Annotated[int, typer.Option(help="Rounds in which each method takes a step.")] = 8,
+    json: Annotated[Path | None, typer.Option(help="A file to write the rows to.")] = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Time a training step of each method, and its memory, against flow matching and its passes."""
+    from turbo_lab.bench.train import main as measured
+
+    measured(only=only, batch_size=batch_size, repeats=repeats, path=json, device=device)
 
 
 @app.command()

@@ -278,13 +278,17 @@ def sample_images(
     guidance: float,
     seed: int,
     out: Path,
+    student: str = "",
     device: str = "auto",
 ) -> None:
     """Draw one picture per caption in a row and write it as PNG, eight times enlarged.
 
+    A ``student`` is a family's name; it has its guidance distilled in, and the teacher draws if
+    none is named.
+
     Raises:
-        BadInput: unknown testbed, no caption, a caption outside the grammar, or a file name that
-            is not a PNG; before anything is loaded.
+        BadInput: unknown testbed or student, no caption, a caption outside the grammar, or a file
+            name that is not a PNG; before anything is loaded.
     """
     from PIL import Image
 
@@ -299,10 +303,16 @@ def sample_images(
     if not out.absolute().parent.is_dir():
         raise BadInput("out", str(out), "its folder must exist")
     sampling = checked_sampling({"steps": steps, "guidance_scale": guidance, "seed": seed})
+    if student:
+        student_recipe(student, steps=steps)  # refuses what there is no student for
     from turbo_lab.postcards import caption_tokens
 
     tokens = caption_tokens(captions)
-    images, _, _ = open_lab(device=device).draw_for(tokens, sampling)
+    lab = open_lab(device=device)
+    who = lab.student(student, steps=steps) if student else None
+    if who is not None:
+        sampling = who.sampling(n=len(tokens), seed=seed)
+    images, _, _ = lab.draw_for(tokens, sampling, "", who)
     sheet = contact_sheet(images, columns=min(8, len(images)), enlarge=8)
     Image.fromarray(sheet).save(out)
 

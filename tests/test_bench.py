@@ -1,0 +1,297 @@
+"""The benchmark of training steps: what it counts, how it pairs, and what it writes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from turbo_lab import bars
+from turbo_lab.adapters import Worn
+from turbo_lab.bench import report as reports
+from turbo_lab.bench import train
+from turbo_lab.bench.memory import peak_above
+from turbo_lab.bench.passes import Pass, counted_passes, probes
+from turbo_lab.bench.report import Report, compared
+from turbo_lab.bench.steps import Step, at_work, cases, example, planted
+from turbo_lab.bench.train import interleaved, measure
+from turbo_lab.claims import Interval
+from turbo_lab.cli import app
+from turbo_lab.errors import BadInput, StoreError
+from turbo_lab.fit import Turn
+from turbo_lab.methods.flow import FlowMatching
+from turbo_lab.recipes import Recipe
+from turbo_lab.store import Store
+from turbo_lab.testbeds.postcards import NetSize
+from turbo_lab.training import workbench
+
+SMALL = NetSize(layers=1, heads=1, head_width=16, text_width=16)
+BARE, WORN = Pass("forward", False), Pass("forward", True)
+GRADIENT, TANGENT = Pass("gradient", True), Pass("tangent", True)
+
+
+def tiny(case: Recipe, **options: float | int | str) -> Recipe:
+    """The same recipe on a network of one head, with other options of its method."""
+    assert case.teacher is not None
+    (stage,) = case.stages
+    stage = stage.model_copy(update={"options": {**stage.options, **options}})
+    teacher = case.teacher.model_copy(update={"net": SMALL})
+    return case.model_copy(update={"net": SMALL, "teacher": teacher, "stages": (stage,)})
+
+
+CASES = {case.name: tiny(case) for case in cases(batch_size=2)}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return planted(tmp_path_factory.mktemp("store"), CASES["flow"])
+
+
+@pytest.fixture
+def begun(store: Store) -> Iterator[Callable[[Recipe], Step]]:
+    """Begin trainings; at the end of the test they are closed, the last one first."""
+    steps: list[Step] = []
+
+    def begin(case: Recipe) -> Step:
+        steps.append(at_work(case, store, example(case, "cpu"), "cpu"))
+        return steps[-1]
+
+    yield begin
+    for step in reversed(steps):
+        step.close()
+
+
+def test_every_kind_of_stage_of_every_student_is_a_case() -> None:
+    assert next(iter(CASES)) == "flow"
+    assert {"progressive.guided", "progressive.before", "consistency", "continuous"} <= set(CASES)
+    assert {f"direct-{n}" for n in (8, 4, 2, 1)} <= set(CASES)
+    assert [case.name for case in cases("progressive")] == [
+        "flow",
+        "progressive.guided",
+        "progressive.before",
+    ]
+    assert [case.name for case in cases("flow")] == ["flow"]
+    assert {s.batch_size for c in cases(batch_size=5) for s in c.stages} == {5}
+    # What is timed is trained as the recipe says: the methods' options are the recipes' own.
+    assert cases("consistency")[1].stages[0].options["grid_steps"] == 40
+
+
+@pytest.mark.parametrize(
+    ("case", "passes"),
+    [
+        (CASES["flow"], {GRADIENT: 1}),
+        # Two guided steps of the teacher are four passes, two of a student before are two.
+        (CASES["progressive.guided"], {BARE: 4, GRADIENT: 1}),
+        (CASES["progressive.before"], {WORN: 2, GRADIENT: 1}),
+        (CASES["consistency"], {BARE: 2, WORN: 1, GRADIENT: 1}),
+        (tiny(CASES["consistency"], solver="heun"), {BARE: 4, WORN: 1, GRADIENT: 1}),
+        (CASES["continuous"], {BARE: 2, TANGENT: 1, GRADIENT: 1}),
+        (tiny(CASES["continuous"], derivative="difference"), {BARE: 2, WORN: 3, GRADIENT: 1}),
+        (CASES["direct-2"], {GRADIENT: 2}),
+    ],
+    ids=lambda value: value.name if isinstance(value, Recipe) else "",
+)
+def test_passes_are_those_of_the_method(
+    begun: Callable[[Recipe], Step], case: Recipe, passes: dict[Pass, int]
+) -> None:
+    step = begun(case)
+    step()  # continuous consistency has no tangent in its first step
+    with counted_passes(2) as tally:
+        step()
+    assert tally == passes
+
+
+def test_a_probe_is_one_pass_of_its_kind(store: Store) -> None:
+    case = CASES["flow"]
+    student = workbench(case, store).student
+    assert isinstance(student, Worn)
+    kinds = [Pass(mode, adapter) for mode in reports.MODES for adapter in (False, True)]
+    for kind, probe in probes(kinds, student, example(case, "cpu")).items():
+        with counted_passes(2) as tally:
+            probe()
+        assert tally == {kind: 1}
+
+
+def test_a_step_plays_every_turn_of_slower_players(
+    begun: Callable[[Recipe], Step], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def turns(self: FlowMatching) -> tuple[Turn, ...]:
+        def turn(every: int) -> Turn:
+            return Turn(name=f"{every}", loss=self.loss, moves=("student",), every=every)
+
+        return (turn(2), turn(3))
+
+    monkeypatch.setattr(FlowMatching, "turns", turns)
+    step = begun(CASES["flow"])
+    with counted_passes(2) as tally:
+        step()
+    assert step.rounds == 6
+    assert tally == {GRADIENT: 3 + 2}
+
+
+class FakeClock:
+    """Time passes only when a task says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_rounds_alternate_their_order_and_time_every_task() -> None:
+    clock, order = FakeClock(), []
+
+    def task(name: str, seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            order.append(name)
+            clock.now += seconds
+
+        return run
+
+    tasks = {"a": task("a", 1.0), "b": task("b", 2.0), BARE: task("bare", 0.5)}
+    rounds = list(interleaved(tasks, 3, clock))
+    assert order == ["a", "b", "bare", "bare", "b", "a", "a", "b", "bare"]
+    assert rounds == [{"a": 1.0, "b": 2.0, BARE: 0.5}] * 3
+
+
+def test_ratios_are_formed_within_rounds() -> None:
+    # The machine is 1, 10 and 100 times slower: within a round, nothing changes but 3.3 to 3.5.
+    rounds = [
+        {"flow": 1.0 * k, "m": m * k, BARE: 0.5 * k, GRADIENT: 1.0 * k}
+        for k, m in ((1, 3.3), (10, 3.0), (100, 3.5))
+    ]
+    row = compared("m", rounds, {BARE: 4.0, GRADIENT: 1.0}, unit="flow", played=2)
+    assert row.to_flow.value == pytest.approx(3.3)
+    assert (row.to_flow.low, row.to_flow.high) == pytest.approx((3.0, 3.5))
+    assert row.to_passes.value == pytest.approx(1.1)
+    assert row.overhead == pytest.approx(0.1)
+    assert (row.seconds, row.expected) == pytest.approx((30.0, 30.0))
+    assert row.total("forward") == 4 and row.total("tangent") == 0
+
+
+@pytest.fixture(scope="module")
+def measured() -> Report:
+    ticking = FakeClock()
+
+    def clock() -> float:  # every other call ends a task: each takes one second
+        ticking.now += 1
+        return ticking.now
+
+    return measure([CASES["flow"], CASES["consistency"]], repeats=3, clock=clock)
+
+
+def test_measuring_puts_counts_prices_and_times_together(measured: Report) -> None:
+    flow, consistency = measured.rows
+    assert measured.prices == {BARE: 1, WORN: 1, GRADIENT: 1}
+    assert flow.to_passes == Interval(value=1, low=1, high=1)
+    assert consistency.passes == {BARE: 2, WORN: 1, GRADIENT: 1}
+    assert (consistency.seconds, consistency.expected) == (1, 4)
+    assert consistency.to_flow.value == 1 and consistency.to_passes.value == 0.25
+
+
+def test_the_signal_handlers_are_as_before(measured: Report) -> None:
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_report_is_valid_json_and_never_half_written(
+    measured: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "bench.json"
+    reports.save(measured, path)
+    read = json.loads(path.read_text())
+    assert read["rows"][1]["passes"] == {
+        "bare forward": 2,
+        "adapter forward": 1,
+        "adapter gradient": 1,
+    }
+    assert read["rows"][1]["to_passes"] == {"value": 0.25, "low": 0.25, "high": 0.25}
+    assert {"commit", "machine", "versions"} <= read["provenance"].keys()
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(StoreError):
+        reports.save(measured, path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["bench.json"]
+
+
+def test_the_command_prints_a_table_and_writes_json(
+    measured: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "measure", lambda of, **_: measured)
+    monkeypatch.setattr(train, "peaks", lambda of, **_: {"flow": 10**8, "consistency": None})
+    monkeypatch.setenv("COLUMNS", "80")
+    path = tmp_path / "rows.json"
+    result = CliRunner().invoke(app, ["bench", "train", "--only", "cons", "--json", str(path)])
+    assert result.exit_code == 0
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["flow", "0", "1", "0", "1000", *["1.00", "1.00-1.00"] * 2, "100"] in lines
+    assert ["consistency", "3", "1", "0", "1000"] in [line[:5] for line in lines]
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["peak_bytes"] for row in rows] == [10**8, None]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--only", "magic"], "only='magic' is not allowed: begin one of flow, progressive.guided"),
+        (["--batch-size", "0"], "batch_size=0 is not allowed: use an integer from 1 to 1024"),
+        (["--repeats", "2"], "repeats=2 is not allowed: use an integer from 3 to 1000"),
+        (["--device", "abacus"], "device='abacus' is not allowed: choose auto, cpu or cuda"),
+        (["--json", "nowhere/rows.json"], "json='nowhere/rows.json' is not allowed: name a file"),
+    ],
+)
+def test_wrong_input_is_one_sentence(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["bench", "train", *arguments])
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == "" and not list(tmp_path.iterdir())
+
+
+def test_repeats_are_checked_before_anything_is_built() -> None:
+    with pytest.raises(BadInput, match="repeats=0"):
+        measure([CASES["flow"]], repeats=0)
+
+
+def test_the_bar_is_the_ratio_of_a_consistency_step_to_its_passes(
+    measured: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "measure", lambda of, **_: measured)
+    (bar,) = bars.BARS["bench"]()
+    assert (bar.value, bar.limit, bar.ok) == (0.25, 1.10, True)
+    assert bar.interval is not None
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_a_peak_is_what_some_work_held_at_most() -> None:
+    def work() -> None:
+        for megabytes in (96, 32):
+            torch.ones(megabytes * 2**18)  # float32: 4 bytes each
+
+    peak = peak_above(work)
+    assert peak is not None and 90 * 2**20 < peak < 140 * 2**20
+    later = peak_above(lambda: torch.ones(16 * 2**18))  # an earlier, higher peak is forgotten
+    assert later is not None and later < 60 * 2**20
+
+
+@pytest.mark.slow
+def test_memory_is_measured_in_processes_of_their_own() -> None:
+    wide = [case for name, case in CASES.items() if name in ("direct-1", "direct-8")]
+    found = train.peaks(wide)
+    most, least = found["direct-8"], found["direct-1"]
+    assert most is not None and least is not None
+    assert most > least > 0  # eight unrolled graphs against one

@@ -1,0 +1,148 @@
+"""The benchmark's rows: ratios within rounds, a table for a terminal, JSON with provenance."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from turbo_lab.atomic import atomic_write_text
+from turbo_lab.bench.passes import MODES, Mode, Pass
+from turbo_lab.claims import Interval, bootstrap
+from turbo_lab.provenance import provenance
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Seconds = Mapping[str | Pass, float]
+"""Of one round: of each method by name, and of each kind of pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One method.
+
+    Args:
+        name: of its recipe, with what tells its stages apart.
+        rounds: of `fit` in a step: the fewest after which every turn was played.
+        passes: network passes per sample in a step; a guided velocity is 2.
+        seconds: of a step, the median.
+        to_flow: ratio to a flow-matching step of the same round, the median.
+        expected: seconds of the passes alone, the median.
+        to_passes: ratio of the step to its passes in the same round, the median.
+        peak_bytes: memory at the worst moment of a step, above what was there before the first.
+    """
+
+    name: str
+    rounds: int
+    passes: Mapping[Pass, float]
+    seconds: float
+    to_flow: Interval
+    expected: float
+    to_passes: Interval
+    peak_bytes: int | None = None
+
+    @property
+    def overhead(self) -> float:
+        """What the step adds to its passes, as a share of them."""
+        return self.to_passes.value - 1
+
+    def total(self, mode: Mode) -> float:
+        """Passes of a mode per sample, in an adapter or bare."""
+        return sum(n for kind, n in self.passes.items() if kind.mode == mode)
+
+    def record(self) -> dict[str, Any]:
+        """The row as plain JSON."""
+        passes = {str(kind): n for kind, n in self.passes.items()}
+        return {**asdict(self), "passes": passes, "overhead": self.overhead}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The rows, and what they were measured with."""
+
+    batch_size: int
+    repeats: int
+    device: str
+    prices: Mapping[Pass, float]
+    rows: tuple[Row, ...]
+
+    def record(self) -> dict[str, Any]:
+        """The report as plain JSON, with its provenance."""
+        return {
+            "benchmark": "train",
+            "batch_size": self.batch_size,
+            "repeats": self.repeats,
+            "device": self.device,
+            "pass_seconds": {str(kind): price for kind, price in self.prices.items()},
+            "rows": [row.record() for row in self.rows],
+            "provenance": provenance(),
+        }
+
+
+def compared(
+    name: str,
+    rounds: Sequence[Seconds],
+    passes: Mapping[Pass, float],
+    *,
+    unit: str,
+    played: int = 1,
+) -> Row:
+    """Make the row of a method from the seconds of all rounds; ratios are within rounds."""
+    spent = [r[name] for r in rounds]
+    expected = [sum(n * r[kind] for kind, n in passes.items()) for r in rounds]
+    return Row(
+        name=name,
+        rounds=played,
+        passes=dict(passes),
+        seconds=statistics.median(spent),
+        to_flow=_ratio(spent, [r[unit] for r in rounds]),
+        expected=statistics.median(expected),
+        to_passes=_ratio(spent, expected),
+    )
+
+
+def _ratio(a: Sequence[float], b: Sequence[float]) -> Interval:
+    return bootstrap(np.asarray(a) / np.asarray(b), statistic=np.median)
+
+
+def save(report: Report, path: Path) -> None:
+    """Write a report as JSON, atomically."""
+    text = json.dumps(report.record(), indent=1, ensure_ascii=False, allow_nan=False)
+    atomic_write_text(path, text + "\n")
+
+
+def table(report: Report) -> Table:
+    """The report for a terminal of 80 columns: passes per sample, medians with 95% intervals."""
+    from rich.table import Table
+
+    prices = ", ".join(f"{kind} {1e3 * price:.0f}" for kind, price in report.prices.items())
+    made = Table(
+        title=f"Training steps of {report.batch_size} samples, {report.repeats} rounds, "
+        f"{report.device}",
+        caption=f"fwd, grad, jvp: passes per sample. ms of a pass of the batch: {prices}",
+        box=None,
+        pad_edge=False,
+    )
+    made.add_column("method", no_wrap=True)
+    for head in ("fwd", "grad", "jvp", "ms", "x flow", "x passes", "MB"):
+        made.add_column(head, justify="right", no_wrap=True)
+    for row in report.rows:
+        made.add_row(
+            row.name,
+            *(f"{row.total(mode):g}" for mode in MODES),
+            f"{1e3 * row.seconds:.0f}",
+            _short(row.to_flow),
+            _short(row.to_passes),
+            "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}",
+        )
+    return made
+
+
+def _short(ratio: Interval) -> str:
+    return f"{ratio.value:.2f} {ratio.low:.2f}-{ratio.high:.2f}"
