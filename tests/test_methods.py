@@ -20,6 +20,7 @@ from turbo_lab.methods import METHODS
 from turbo_lab.methods.consistency import Consistency
 from turbo_lab.methods.continuous import ContinuousConsistency
 from turbo_lab.methods.direct import Direct
+from turbo_lab.methods.dmd2 import DMD2
 from turbo_lab.methods.flow import FlowMatching
 from turbo_lab.methods.progressive import Progressive
 from turbo_lab.streams import Draw
@@ -34,6 +35,12 @@ class Case:
     build: Callable[[GaussianField], Objective]
     student: type[GaussianField] = GaussianField
     batches: Callable[[Draw], Batch] = gaussian_batches
+
+
+def dmd2(student: GaussianField) -> DMD2:
+    """One step, with the fake score that is exact for this student."""
+    fake = GaussianField(student.mean.item(), student.log_std.exp().item())
+    return DMD2(student=student, teacher=TEACHER, fake=fake, times=(1.0,))
 
 
 BUILD: dict[str, Case] = {
@@ -52,6 +59,7 @@ BUILD: dict[str, Case] = {
     "continuous": Case(
         lambda student: ContinuousConsistency(student=student, teacher=TEACHER), GaussianMap
     ),
+    "dmd2": Case(dmd2, GaussianMap),
     "direct": Case(lambda student: Direct(student=student, steps=1), GaussianMap, gaussian_pairs),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from turbo_lab.methods.consistency import Consistency
 from turbo_lab.methods.continuous import ContinuousConsistency
 from turbo_lab.methods.direct import Direct
+from turbo_lab.methods.dmd2 import DMD2
 from turbo_lab.methods.flow import FlowMatching
 from turbo_lab.methods.progressive import Progressive
 
@@ -14,9 +15,11 @@ METHODS = {
     "consistency": Consistency,
     "continuous": ContinuousConsistency,
     "direct": Direct,
+    "dmd2": DMD2,
 }
 
 __all__ = [
+    "DMD2",
     "METHODS",
     "Consistency",
     "ContinuousConsistency",
