@@ -34,7 +34,16 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_help_names_every_command() -> None:
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("figures", "refresh", "train", "sample", "doctor", "bars", "artifacts"):
+    for command in (
+        "figures",
+        "refresh",
+        "train",
+        "sample",
+        "doctor",
+        "bars",
+        "bench",
+        "artifacts",
+    ):
         assert command in result.output
 
 

@@ -15,7 +15,7 @@ from turbo_lab.fit import Record
 from turbo_lab.methods.flow import FlowMatching
 from turbo_lab.path import time_grid
 from turbo_lab.postcards import caption_tokens
-from turbo_lab.recipes import RECIPES, Recipe
+from turbo_lab.recipes import RECIPES, Rates, Recipe
 from turbo_lab.sample import final, sample
 from turbo_lab.store import Store
 from turbo_lab.streams import Draw, noise
@@ -216,6 +216,36 @@ def test_pairs_are_the_teachers_samples_and_never_the_noise_that_is_measured(
     assert len(batch.x) == 3 and not torch.equal(batch.z, measured)
     again = training.workbench(direct, store).batches(Draw(seed=0, step=3, total=4, start=1))
     torch.testing.assert_close(again.x, batch.x, rtol=1e-4, atol=1e-5)  # pair 8 is pair 0
+
+
+def test_a_student_with_a_rival_resumes_and_replays(student: Recipe, tmp_path: Path) -> None:
+    """DMD2 through a recipe: the fake is kept beside the student, for the replay."""
+    stage = recipes.Stage(
+        method="dmd2",
+        options={"times": (1.0, 0.7155), "rival_updates": 2},
+        steps=6,
+        batch_size=4,
+        rates={"student": Rates(lr=1e-3), "fake": Rates(lr=1e-3)},
+        teacher="guided",
+        guidance_scale=3.0,
+    )
+    recipe = student.model_copy(update={"name": "dmd2", "stages": (stage,)})
+    a, b = Store(cache=tmp_path / "a"), Store(cache=tmp_path / "b")
+    ended = training.trained(recipe, store=a)
+
+    def trip(record: Record, done: int) -> None:
+        if "fake/velocity" in record.terms and record.step == 4:
+            raise RuntimeError("the power went out")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "SAVE_SECONDS", 0.0)
+        with pytest.raises(RuntimeError, match="power"):
+            training.trained(recipe, store=b, watch=trip)
+    resumed = training.trained(recipe, store=b)
+    for file in ("weights.safetensors", training.RIVAL_FILE):
+        one, other = ended.tensors(file), resumed.tensors(file)
+        assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    assert training.replay(recipe, resumed, b) == training.recorded(resumed)
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "teacher"])

@@ -102,6 +102,25 @@ def teacher_replay() -> Iterator[Bar]:
     yield Bar(name="teacher.replay_error", value=worst, side="at most", limit=0.01)
 
 
+def students() -> Iterator[Bar]:
+    """Shipped students: the largest file, and the worst replay of the first training of each."""
+    from turbo_lab.recipes import RECIPES, resolve
+    from turbo_lab.training import recorded, replay
+
+    lab, sizes, errors = _lab(), [], []
+    for name in RECIPES:
+        recipe = resolve(name)
+        if recipe.teacher is None:
+            continue
+        artefact = lab.trained(recipe)
+        sizes.append(artefact.file("weights.safetensors").stat().st_size / 1e6)
+        then, now = recorded(artefact), replay(recipe, artefact, lab.store)
+        pairs = zip((*then.first, *then.last), (*now.first, *now.last), strict=True)
+        errors.append(max(abs(a - b) / a for a, b in pairs))
+    yield Bar(name="students.megabytes", value=max(sizes), side="at most", limit=2, unit="MB")
+    yield Bar(name="students.replay_error", value=max(errors), side="at most", limit=0.01)
+
+
 def renderer_speed() -> Iterator[Bar]:
     """Postcards rendered per second, the best of five passes of 2,048."""
     from turbo_lab.postcards import draw_scenes, render
@@ -167,6 +186,7 @@ BARS: Mapping[str, Callable[[], Iterator[Bar]]] = MappingProxyType(
         "teacher.replay": teacher_replay,
         "teacher.speed": teacher_speed,
         "teacher.quality": teacher_quality,
+        "students": students,
         "bench": training_step,
     }
 )

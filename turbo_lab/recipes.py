@@ -178,9 +178,7 @@ ADAPTER = AdapterSize(rank=8, alpha=8)
 
 def _student(name: str, seed: int, stages: tuple[Stage, ...]) -> Recipe:
     base = teacher("quick", 0)
-    return Recipe(
-        name=name, seed=seed, net=base.net, stages=stages, teacher=base, adapter=ADAPTER
-    )
+    return Recipe(name=name, seed=seed, net=base.net, stages=stages, teacher=base, adapter=ADAPTER)
 
 
 def _distill(

@@ -21,6 +21,7 @@ from turbo_lab.cpu import tune_allocator
 from turbo_lab.errors import MissingPiece
 from turbo_lab.field import Field, frozen, guided
 from turbo_lab.fit import Batch, Objective, Record, Saving, Shadow, fit
+from turbo_lab.keys import key_of
 from turbo_lab.methods import METHODS
 from turbo_lab.methods.kinds import TrainableField
 from turbo_lab.postcards.captions import null_tokens
@@ -37,6 +38,9 @@ from turbo_lab.testbeds.postcards import (
 )
 
 PAIRS = "postcards/pairs"
+RIVAL_FILE = "rivals.safetensors"
+_DRAWN: dict[tuple[str, str], dict[int, Tensor]] = {}
+"""Pairs of this process by key and device: the replays of several students share them."""
 HISTORY_EVERY = 20
 """Steps per line of history.jsonl (a line is the mean over them)."""
 SAVE_SECONDS = 60.0
@@ -89,7 +93,7 @@ def load_net(recipe: Recipe, artefact: Artefact) -> PostcardNet:
 
 def replay(recipe: Recipe, artefact: Artefact, store: Store) -> Trace:
     """Run today's code for the steps that the artefact's trace recorded."""
-    return _trace(recipe, store, _floats(artefact))
+    return _trace(recipe, store, _floats(artefact), _rival_weights(recipe, artefact))
 
 
 def recorded(artefact: Artefact) -> Trace:
@@ -111,19 +115,29 @@ def history(artefact: Artefact) -> list[dict[str, Any]]:
 class Workbench:
     """What a stage works with: the student, its average, and everything a method may ask for.
 
-    ``pieces`` go by the names of the methods' fields: student, average, teacher, null.
+    ``pieces`` go by the names of the methods' fields: student, average, teacher, plain, null, and
+    the rivals, which learn along with the student (fake).
     """
 
     student: TrainableField
     average: TrainableField
     pieces: Mapping[str, object]
     batches: Callable[[Draw], Batch]
+    rivals: Mapping[str, TrainableField] = dataclasses.field(default_factory=dict)
 
     def objective(self, stage: Stage) -> Objective:
         """Build the method of a stage from the pieces it has fields for."""
         kind = METHODS[stage.method]
-        wanted = {f.name for f in dataclasses.fields(kind)} & self.pieces.keys()
+        wanted = _fields_of(stage) & self.pieces.keys()
         return kind(**{name: self.pieces[name] for name in wanted}, **stage.options)
+
+
+RIVALS = ("fake",)
+"""Players that start as the teacher and learn along with the student."""
+
+
+def _fields_of(stage: Stage) -> set[str]:
+    return {f.name for f in dataclasses.fields(METHODS[stage.method])}
 
 
 def workbench(recipe: Recipe, store: Store, device: str = "cpu") -> Workbench:
@@ -157,8 +171,17 @@ def _adapter_bench(recipe: Recipe, store: Store, device: str) -> Workbench:
     if recipe.before is not None:
         student.load_state_dict(_floats(_found(recipe.before, store)))
     average = host.copy(student, "average")
-    guide = guided(frozen(host.bare), null_tokens(1), stage.guidance_scale or 1.0)
-    pieces: dict[str, object] = {"student": student, "average": average, "null": null_tokens(1)}
+    plain = frozen(host.bare)
+    guide = guided(plain, null_tokens(1), stage.guidance_scale or 1.0)
+    wanted = sorted(_fields_of(stage).intersection(RIVALS))
+    rivals = {name: host.add(name, recipe.adapter, seed=recipe.seed) for name in wanted}
+    pieces: dict[str, object] = {
+        "student": student,
+        "average": average,
+        "plain": plain,
+        "null": null_tokens(1),
+        **rivals,
+    }
     if stage.teacher == "guided":
         pieces["teacher"] = guide
     elif stage.teacher == "before":
@@ -166,7 +189,9 @@ def _adapter_bench(recipe: Recipe, store: Store, device: str) -> Workbench:
     batches = _real(recipe, device)
     if stage.pairs is not None:
         batches = partial(pair_batch, _pair_source(recipe, stage, store, guide, device))
-    return Workbench(student=student, average=average, pieces=pieces, batches=batches)
+    return Workbench(
+        student=student, average=average, pieces=pieces, batches=batches, rivals=rivals
+    )
 
 
 def _real(recipe: Recipe, device: str) -> Callable[[Draw], Batch]:
@@ -187,11 +212,16 @@ def _pair_source(
 ) -> PairSource:
     """Pairs of a stage, kept in the store once all of them have been drawn."""
     assert recipe.teacher is not None and stage.pairs is not None
+    spec = _pair_spec(recipe, stage)
     source = PairSource(
-        field=guide, n=stage.pairs.n, steps=stage.pairs.steps, seed=recipe.teacher.seed,
+        field=guide,
+        n=stage.pairs.n,
+        steps=stage.pairs.steps,
+        seed=recipe.teacher.seed,
         device=device,
-    )  # fmt: skip
-    found = store.find(PAIRS, _pair_spec(recipe, stage))
+        known=_DRAWN.setdefault((key_of(spec), device), {}),
+    )
+    found = store.find(PAIRS, spec)
     if found is not None:
         source.known.update(_rows(found.tensors("pairs.safetensors")))
     return source
@@ -238,7 +268,17 @@ def _found(recipe: Recipe, store: Store) -> Artefact:
 
 
 def _floats(artefact: Artefact) -> dict[str, Tensor]:
-    return {k: v.float() for k, v in artefact.tensors().items()}
+    return _as_floats(artefact.tensors())
+
+
+def _rival_weights(recipe: Recipe, artefact: Artefact) -> dict[str, Tensor]:
+    """Weights of the rivals as they were when the student was finished, ``name/key``."""
+    has = _fields_of(recipe.stages[-1]).intersection(RIVALS)
+    return _as_floats(artefact.tensors(RIVAL_FILE)) if has else {}
+
+
+def _as_floats(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.float() for k, v in tensors.items()}
 
 
 # --- training -----------------------------------------------------------------------------------
@@ -261,7 +301,14 @@ def _make(recipe: Recipe, store: Store, device: str, watch: Watch, folder: Path)
     # Half precision holds an averaged weight to 3 digits more than its own training noise.
     weights = {k: v.detach().cpu().half() for k, v in bench.average.state_dict().items()}
     save_tensors(folder, "weights.safetensors", weights)
-    trace = _trace(recipe, store, {k: v.float() for k, v in weights.items()})
+    rivals = {
+        f"{name}/{k}": v.detach().cpu().half()
+        for name, rival in bench.rivals.items()
+        for k, v in rival.state_dict().items()
+    }
+    if rivals:
+        save_tensors(folder, RIVAL_FILE, rivals)
+    trace = _trace(recipe, store, _as_floats(weights), _as_floats(rivals))
     atomic_write_text(folder / "trace.json", json.dumps(dataclasses.asdict(trace)))
     atomic_write_text(folder / "history.jsonl", _earlier_history(recipe, store) + lines.text())
 
@@ -291,11 +338,16 @@ def _stage_seed(recipe: Recipe) -> int:
     return seed_for(recipe.seed, "stage", stage) if stage else recipe.seed
 
 
-def _trace(recipe: Recipe, store: Store, weights: Mapping[str, Tensor]) -> Trace:
+def _trace(
+    recipe: Recipe, store: Store, weights: Mapping[str, Tensor], rivals: Mapping[str, Tensor]
+) -> Trace:
     """Losses of the first steps, and of as many from given weights, on the CPU."""
     first = _losses(recipe, workbench(recipe, store))
     bench = workbench(recipe, store)
     bench.student.load_state_dict(weights)
+    for name, rival in bench.rivals.items():
+        own = {k.removeprefix(f"{name}/"): v for k, v in rivals.items() if k.startswith(f"{name}/")}
+        rival.load_state_dict(own)
     return Trace(first=first, last=_losses(recipe, bench))
 
 
