@@ -95,11 +95,14 @@ def magnified_grid(
                 axis.imshow(picture, interpolation="nearest")
             for axis in grid[r, :wide]:
                 bare(axis)
+            for axis in grid[r, len(pictures) : wide]:
+                axis.set_visible(False)
             grid[r, 0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=6)
             _area_bars(grid[r, wide], bars.get(label, {}), columns, 1.08 * top)
-        for axis, title in zip(grid[0], columns, strict=False):
+        full = next(r for r, row in enumerate(cells.values()) if len(row) == wide)
+        for axis, title in zip(grid[full], columns, strict=False):
             axis.set_title(title)
-        grid[min(1, len(cells) - 1), wide].set_title(bar_title, fontsize=8)
+        grid[full, wide].set_title(bar_title, fontsize=8)
     return figure
 
 

@@ -46,9 +46,9 @@ def magnified(comparison: Comparison, *, caption: int, seed: int = 0) -> Figure:
 
 
 def readable_caption(comparison: Comparison) -> int:
-    """The first caption whose sign the teacher writes readably on a whole body; 0 if none."""
-    found = comparison.measured["teacher", 0].values
-    good = found["sign_read"][0].astype(bool) & found["whole_body"][0].astype(bool)
+    """The first caption that the teacher draws with one readable sign, whole body; 0 if none."""
+    found = {m: v[0].astype(bool) for m, v in comparison.measured["teacher", 0].values.items()}
+    good = found["sign_read"] & found["whole_body"] & ~found["ghost_signs"]
     return int(good.argmax())
 
 
