@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from turbo_lab.adapters import AdapterSize, Host, Worn
@@ -27,7 +27,7 @@ from turbo_lab.errors import BadInput, MissingPiece
 from turbo_lab.field import Field as VelocityField
 from turbo_lab.field import counted, frozen, guided
 from turbo_lab.fit import Record
-from turbo_lab.path import time_grid
+from turbo_lab.path import grid_from_times, time_grid
 from turbo_lab.postcards import Scenes
 from turbo_lab.progress import progress
 from turbo_lab.recipes import FAMILIES, Profile, Recipe, resolve, student_recipe
@@ -54,10 +54,26 @@ class Sampling(BaseModel):
     guidance_scale: float = Field(TEACHER_GUIDANCE, ge=0, le=20)
     rescale: Literal["none", "token", "sample"] = "none"
     shift: float = Field(1.0, gt=0, le=100)
+    times: tuple[float, ...] = ()
+    """Explicit times, falling from 1, one per step; they take the place of steps and shift."""
     eta: float = Field(0.0, ge=0, le=1)
     n: int = Field(256, ge=1, le=100_000)
     stream: Stream = "eval"
     seed: int = Field(0, ge=0)
+
+    @property
+    def grid(self) -> Tensor:
+        """The sampler's times ``[steps + 1]``, falling to 0."""
+        if self.times:
+            return grid_from_times(self.times)
+        return time_grid(self.steps, shift=self.shift)
+
+    @model_validator(mode="after")
+    def _one_time_per_step(self) -> Sampling:
+        if self.times and len(self.times) != self.steps:
+            raise BadInput("times", self.times, f"give one per step, {self.steps} of them")
+        _ = self.grid  # refuses times that do not fall
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +200,7 @@ class Lab:
         with progress(len(tokens), what or "sampling") as tick:
             latents = draw_samples(
                 field,
-                time_grid(sampling.steps, shift=sampling.shift),
+                sampling.grid,
                 self.testbed.shape,
                 tokens,
                 seed=sampling.seed,
@@ -329,6 +345,8 @@ def checked_sampling(values: Mapping[str, object]) -> Sampling:
         return Sampling.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
+        if isinstance(said := first.get("ctx", {}).get("error"), BadInput):
+            raise said from None
         name = str(first["loc"][0])
         raise BadInput(name, first["input"], allowed(Sampling.model_fields[name])) from None
 
