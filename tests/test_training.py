@@ -274,3 +274,13 @@ def test_trajectory_methods_have_the_same_network_calls_to_spend() -> None:
         for stage in recipes.resolve(f"direct-{steps}").stages
     )
     assert all(total == pytest.approx(recipes.CALLS["quick"], rel=0.01) for total in spent.values())
+
+
+def test_a_progressive_chain_may_start_at_forty_steps_and_end_at_one() -> None:
+    chain = (20, 10, 5, 2, 1)
+    recipe = recipes.progressive("quick", 0, teacher_steps=40, chain=chain, doubled=2)
+    assert [s.options["steps"] for s in recipe.stages] == list(chain)
+    assert [s.options["teacher_steps"] for s in recipe.stages] == [40, *chain[:-1]]
+    assert [s.teacher for s in recipe.stages] == ["guided"] + ["before"] * 4
+    lengths = [s.steps for s in recipe.stages]
+    assert lengths[4] == pytest.approx(2 * lengths[1], rel=0.01)  # doubled, the same two substeps

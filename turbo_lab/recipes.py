@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -217,20 +218,36 @@ def _distill(
     )
 
 
-def progressive(profile: Profile, seed: int) -> Recipe:
-    """32 guided teacher steps, halved to 16, 8, 4, 2 and 1; the last two stages are doubled."""
-    unit = CALLS[profile] / (len(CHAIN) + 2)
-    stages = [
-        _distill(
+def progressive(
+    profile: Profile,
+    seed: int,
+    *,
+    teacher_steps: int = 32,
+    chain: tuple[int, ...] = CHAIN,
+    doubled: int = 2,
+) -> Recipe:
+    """Guided teacher steps, halved stage by stage; guidance is distilled in the first.
+
+    Args:
+        profile: smoke, quick or paper.
+        seed: of the training.
+        teacher_steps: of the guided teacher, for example 40 with the chain 20, 10, 5, 2, 1.
+        chain: steps of the student after each stage, falling.
+        doubled: so many last stages are twice as long, as in the code of Consistency Models.
+    """
+    unit = CALLS[profile] / (len(chain) + doubled)
+    stages = []
+    for k, (before, steps) in enumerate(pairwise((teacher_steps, *chain))):
+        substeps = -(-before // steps)  # the most that one student step spans
+        stage = _distill(
             "progressive",
             profile,
-            unit * (2 if steps <= 2 else 1),
-            per_sample=7 if steps == CHAIN[0] else 5,
-            options={"steps": steps, "teacher_steps": 2 * steps},
-            teacher="guided" if steps == CHAIN[0] else "before",
+            unit * (2 if k >= len(chain) - doubled else 1),
+            per_sample=3 + substeps * (1 if k else 2),
+            options={"steps": steps, "teacher_steps": before},
+            teacher="before" if k else "guided",
         )
-        for steps in CHAIN
-    ]
+        stages.append(stage)
     return _student("progressive", seed, tuple(stages))
 
 
