@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from turbo_lab import charts, figures
+from turbo_lab import charts, figures, measure
 from turbo_lab.lab import Samples
 from turbo_lab.measure.areas import AREAS
 from turbo_lab.studies.trajectory import (
@@ -59,9 +59,12 @@ CROP = 12
 def _cell(comparison: Comparison, caption: int, drawn: Samples) -> np.ndarray:
     """One picture with its sign and its left arm magnified at its right, uint8."""
     image = drawn.images[caption]
-    sign, body = comparison.reading.sign, comparison.reading.body
-    at_sign = (int(sign.x[caption]) - 1, int(sign.y[caption]) - 2)
-    at_arm = (int(body.x[caption]) - 9, int(body.y[caption]) - 2)
+    own = measure.read(image[None])
+    # A smear has no place: then look where the teacher put its sign.
+    found = bool(own.sign.count[0])
+    sign, row = (own.sign, 0) if found else (comparison.reading.sign, caption)
+    at_sign = (int(sign.x[row]) - 1, int(sign.y[row]) - 2)
+    at_arm = (int(own.body.x[0]) - 9, int(own.body.y[0]) - 2)
     crops = [_crop(image, *at_sign), _crop(image, *at_arm)]
     large = figures.contact_sheet(image[None], columns=1, enlarge=6)
     small = [figures.contact_sheet(c[None], columns=1, enlarge=8) for c in crops]
