@@ -23,14 +23,14 @@ def wilson_like(p: float, n: int = N) -> float:
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_mixtures_have_about_unit_variance(name: str) -> None:
-    x, _ = points(name).real(N, seed=0)
+    x, _, _ = points(name).real(N, seed=0)
     assert 0.5 < x.var(0).mean().item() < 1.5
 
 
 @pytest.mark.parametrize("name", ["ring8", "grid25", "rare"])
 def test_perfect_samples_measure_as_they_must(name: str) -> None:
     bed = points(name)
-    x, _ = bed.real(N, seed=0)
+    x, _, _ = bed.real(N, seed=0)
     found = bed.measure(x)
     assert found["within"] == pytest.approx(WITHIN_3_SIGMA, abs=wilson_like(WITHIN_3_SIGMA))
     assert found["modes_covered"] == len(bed.teacher.weights)
@@ -39,7 +39,7 @@ def test_perfect_samples_measure_as_they_must(name: str) -> None:
 
 def test_shares_are_unbiased_where_components_overlap() -> None:
     bed = points("moons")
-    x, _ = bed.real(N, seed=1)
+    x, _, _ = bed.real(N, seed=1)
     torch.testing.assert_close(
         torch.tensor(bed.measure(x)["mode_shares"]), torch.full((32,), 1 / 32), rtol=0, atol=0.006
     )
@@ -47,7 +47,7 @@ def test_shares_are_unbiased_where_components_overlap() -> None:
 
 def test_nll_of_perfect_samples_is_the_entropy() -> None:
     """For modes far apart the entropy is log K + log(2πe σ²)."""
-    x, _ = points("ring8").real(N, seed=2)
+    x, _, _ = points("ring8").real(N, seed=2)
     entropy = math.log(8) + math.log(2 * math.pi * math.e * 0.1**2)
     assert points("ring8").measure(x)["nll"] == pytest.approx(entropy, abs=5 / math.sqrt(N))
 
@@ -90,7 +90,7 @@ def test_conditional_shares_are_measured_against_the_prompts() -> None:
 
 def test_batches_are_rows_of_one_draw_and_labels_fit_the_points() -> None:
     bed, draw = points("grid25"), Draw(seed=0, step=3, total=12)
-    x, c = bed.batches(draw)
+    x, c, _ = bed.batches(draw)
     parts = [bed.batches(draw.rows(a, b)) for a, b in ((0, 5), (5, 12))]
     assert torch.equal(torch.cat([p[0] for p in parts]), x)
     assert torch.equal(torch.cat([p[1] for p in parts]), c)
@@ -102,7 +102,7 @@ def test_mixture_without_classes_has_only_the_null_condition() -> None:
     bed = points("rare")
     assert bed.classes == 0
     assert torch.equal(bed.prompts(5, seed=0), bed.null.expand(5))
-    x, c = bed.real(5, seed=0)
+    x, c, _ = bed.real(5, seed=0)
     assert torch.equal(bed.teacher(x, torch.rand(5).fill_(0.5), c), bed.teacher(x, 0.5))
 
 
@@ -156,12 +156,12 @@ def test_network_learns_the_exact_field() -> None:
     optimiser = torch.optim.Adam(net.parameters(), lr=5e-3)
     for k in range(400):
         draw = Draw(seed=0, step=k, total=256)
-        (x, c), z, t = bed.batches(draw), draw.normal("z", (2,)), draw.uniform("t")
+        (x, c, _), z, t = bed.batches(draw), draw.normal("z", (2,)), draw.uniform("t")
         loss = (net(mix(x, z, t), t, c) - velocity(x, z)).square().mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    (x, c), draw = bed.real(4000, seed=1), Draw(seed=1, step=0, total=4000)
+    (x, c, _), draw = bed.real(4000, seed=1), Draw(seed=1, step=0, total=4000)
     z, t = draw.normal("z", (2,)), draw.uniform("t")
     x_t = mix(x, z, t)
     with torch.no_grad():

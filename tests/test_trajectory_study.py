@@ -50,9 +50,20 @@ def test_normalised_errors_are_zero_for_the_teacher_and_one_for_its_mean_colours
     for mask in masks.values():
         weight = mask[:, None].float()
         flat += weight * (images * weight).sum((0, 2, 3), keepdim=True) / weight.sum()
-    for area, (error, spread) in area_errors(flat, images, masks).items():
-        assert float(error.sum() / spread.sum()) == pytest.approx(1.0, rel=1e-4), area
-    assert all(float(e.sum()) == 0 for e, _ in area_errors(images, images, masks).values())
+    for area, found in area_errors(flat, images, masks).items():
+        assert float(found.error.sum() / found.spread.sum()) == pytest.approx(1.0, rel=1e-4), area
+        assert bool((found.detail <= found.spread * (1 + 1e-5)).all())
+    own = torch.zeros_like(images)
+    for mask in masks.values():
+        weight = mask[:, None].float()
+        own += (
+            weight
+            * (images * weight).sum((2, 3), keepdim=True)
+            / weight.sum((2, 3))[..., None, None]
+        )
+    for found in area_errors(own, images, masks).values():
+        torch.testing.assert_close(found.error, found.detail, rtol=1e-4, atol=1e-4)
+    assert all(float(f.error.sum()) == 0 for f in area_errors(images, images, masks).values())
 
 
 def test_an_error_in_one_area_is_seen_in_that_area_only() -> None:
@@ -60,8 +71,8 @@ def test_an_error_in_one_area_is_seen_in_that_area_only() -> None:
     masks = area_masks(images)
     smeared = torch.where(masks["sign"][:, None], images.mean((2, 3), keepdim=True), images)
     found = area_errors(smeared, images, masks)
-    assert float(found["sign"][0].min()) > 0
-    assert float(found["figure"][0].max()) == float(found["ground"][0].max()) == 0
+    assert float(found["sign"].error.min()) > 0
+    assert float(found["figure"].error.max()) == float(found["ground"].error.max()) == 0
 
 
 # --- intervals ----------------------------------------------------------------------------------
@@ -146,7 +157,8 @@ def test_tables_figures_and_claims_come_out_whole(comparison: Comparison) -> Non
     wide = trajectory.wide(rows, ["sign_read", "whole_body"])
     assert wide.shape == (4 * 2 + 2 + 1, 2)
     made = trajectory.claims(comparison, profile="smoke")
-    assert [c.id.split("-")[1] for c in made[:3]] == ["blur", "small", "steps"] and len(made) == 12
+    parts = ["blur", "small", "detail", "steps"]
+    assert [c.id.split("-")[1] for c in made[:4]] == parts and len(made) == 16
     for draw in (
         lambda: trajectory_figures.magnified(comparison, caption=0),
         lambda: trajectory_figures.lines(rows),

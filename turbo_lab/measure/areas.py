@@ -6,6 +6,8 @@ same pixels.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -47,14 +49,20 @@ def _box(seen: Reading) -> Tensor:
     return along[:, :, None] & across[:, None, :]
 
 
-def area_errors(
-    images: Tensor, teacher: Tensor, masks: dict[str, Tensor]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Squared error and variance of each area, summed per image: two tensors ``[B]`` each.
+class AreaError(NamedTuple):
+    """Sums over the pixels of one area, per image ``[B]``."""
 
-    With the mean over all pixels of an area in all of the teacher's pictures as m, the variance
-    is ``sum (y - m)^2`` and the error ``sum (x - y)^2``. The ratio of the sums over images is the
-    normalised error of an area: 1 is what painting every such pixel in m would give.
+    error: Tensor  # (x - y)^2
+    spread: Tensor  # (y - m)^2, m the mean colour of the area over all pictures
+    detail: Tensor  # (y - m_i)^2, m_i its mean colour in picture i
+
+
+def area_errors(images: Tensor, teacher: Tensor, masks: dict[str, Tensor]) -> dict[str, AreaError]:
+    """Squared error and variance of each area, summed per image.
+
+    Over images, ``error / spread`` is 1 for painting an area in one colour in all pictures, and
+    ``error / detail`` for painting it in its own mean colour in each. The first counts a ground
+    of the right colour as mostly right; the second asks for its grain.
 
     Args:
         images: ``[B, 3, 32, 32]`` in [-1, 1], of the student.
@@ -66,7 +74,15 @@ def area_errors(
     for name, mask in masks.items():
         weight = mask[:, None].float()
         m = (y * weight).sum((0, 2, 3), keepdim=True) / weight.sum().clamp_min(1)
-        error = ((x - y).square() * weight).sum((1, 2, 3))
-        spread = ((y - m).square() * weight).sum((1, 2, 3))
-        out[name] = (error, spread)
+        count = weight.sum((2, 3), keepdim=True).clamp_min(1)
+        own = (y * weight).sum((2, 3), keepdim=True) / count
+
+        def total(squares: Tensor, weight: Tensor = weight) -> Tensor:
+            return (squares * weight).sum((1, 2, 3))
+
+        out[name] = AreaError(
+            error=total((x - y).square()),
+            spread=total((y - m).square()),
+            detail=total((y - own).square()),
+        )
     return out
