@@ -56,11 +56,8 @@ def test_normalised_errors_are_zero_for_the_teacher_and_one_for_its_mean_colours
     own = torch.zeros_like(images)
     for mask in masks.values():
         weight = mask[:, None].float()
-        own += (
-            weight
-            * (images * weight).sum((2, 3), keepdim=True)
-            / weight.sum((2, 3))[..., None, None]
-        )
+        count = weight.sum((2, 3), keepdim=True)
+        own += weight * (images * weight).sum((2, 3), keepdim=True) / count
     for found in area_errors(own, images, masks).values():
         torch.testing.assert_close(found.error, found.detail, rtol=1e-4, atol=1e-4)
     assert all(float(f.error.sum()) == 0 for f in area_errors(images, images, masks).values())
