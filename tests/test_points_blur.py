@@ -23,7 +23,6 @@ from turbo_lab.studies.points_blur import (
     figure_map,
     figure_shares,
     optimal_maps,
-    resampled,
     shares,
     student_table,
 )
@@ -80,16 +79,6 @@ def test_distances_are_in_sigmas_of_the_nearest_mode() -> None:
     assert outside("ring8", x).tolist() == [False, False, True]
     real = outside("ring8", points("ring8").real(40_000, seed=0).x).double().mean()
     assert float(real) == pytest.approx(PERFECT, abs=0.003)
-
-
-def test_the_bootstrap_sees_seeds_and_samples() -> None:
-    random = np.random.default_rng(0)
-    samples_only = np.repeat(random.random((1, 1, 400)) < 0.3, 5, axis=1).astype(float)
-    p = samples_only.mean()
-    assert resampled(samples_only).std() == pytest.approx((p * (1 - p) / 400) ** 0.5, rel=0.1)
-    seeds_only = np.repeat(np.arange(5.0)[None, :, None], 400, axis=2)
-    assert resampled(seeds_only).std() == pytest.approx((2 / 5) ** 0.5, rel=0.1)
-    assert np.ptp(resampled(np.ones((2, 3, 50)))) < 1e-12
 
 
 def table_of(rates: dict[int, float], seeds: int = 3, samples: int = 200) -> pd.DataFrame:

@@ -13,13 +13,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from turbo_lab import figures
-from turbo_lab.claims import Claim, Interval
+from turbo_lab.claims import Claim, crossed_bootstrap
 from turbo_lab.figures import ACCENT, INK, SECOND, SOFT, THIRD
 from turbo_lab.point_students import load, sampled, student_recipe, trained
 from turbo_lab.progress import progress
 from turbo_lab.recipes import FAMILIES
 from turbo_lab.store import Store
-from turbo_lab.streams import rng
 from turbo_lab.studies.points_maps import (
     BUDGETS,
     EXACT_STEPS,
@@ -100,7 +99,7 @@ def shares(table: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for (method, steps), part in table.groupby(["method", "steps"], observed=True):
-        found = _interval_of(resampled(_outcomes(part)[None])[:, 0], part["outside"].mean())
+        found = vars(crossed_bootstrap(_outcomes(part)))
         rows.append(
             {
                 "method": method,
@@ -114,53 +113,28 @@ def shares(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def resampled(outcomes: np.ndarray, *, seed: int = 0, resamples: int = 1000) -> np.ndarray:
-    """Bootstrap means of crossed outcomes ``[cells, seeds, samples]`` -> ``[resamples, cells]``.
-
-    Seeds and samples are drawn with replacement, both together and the same for all cells: the
-    samples share their noise, and what is said has to hold for other seeds and other noise.
-    """
-    _, seeds, samples = outcomes.shape
-    random = rng(seed, "crossed bootstrap")
-    means = []
-    for _ in range(resamples):
-        a = np.bincount(random.integers(0, seeds, seeds), minlength=seeds) / seeds
-        b = np.bincount(random.integers(0, samples, samples), minlength=samples) / samples
-        means.append(a @ (outcomes @ b).T)
-    return np.array(means)
-
-
 def claims(table: pd.DataFrame, profile: str) -> list[Claim]:
     """The claims of part A, each for the method that is worst for it.
 
     The least of four is biased downwards in a bootstrap, so these intervals lie rather too low
     than too high.
     """
-    methods = list(FAMILIES)
-    shape = (len(methods), len(STEPS), table["seed"].nunique(), table["sample"].nunique())
     cells = {
         key: _outcomes(part) for key, part in table.groupby(["method", "steps"], observed=True)
     }
-    outcomes = np.stack([cells[m, n] for m in methods for n in STEPS])
-    drawn = resampled(outcomes).reshape(-1, *shape[:2])
-    whole = outcomes.mean((1, 2)).reshape(1, *shape[:2])
-    first, last = STEPS.index(1), STEPS.index(8)
-
-    def least_excess(share: np.ndarray) -> np.ndarray:
-        return share[..., first].min(1) - PERFECT
-
-    def least_repair(share: np.ndarray) -> np.ndarray:
-        return (share[..., first] - share[..., last]).min(1)
-
+    first, last = min(STEPS), max(STEPS)
+    excess = [cells[m, first] - PERFECT for m in FAMILIES]
+    repair = [cells[m, first] - cells[m, last] for m in FAMILIES]
+    seeds, samples = excess[0].shape
     rows = [
         ("P1", "At one step every trajectory method leaves samples between the modes",
          "Zheng et al. 2025 (rCM), arXiv 2510.08431",
          "outside 3 sigma of all modes at 1 step, minus exact data; least of 4 methods",
-         least_excess),
+         excess),
         ("P2", "More steps repair it, in every method",
          "Song et al. 2023, arXiv 2303.01469",
          "outside 3 sigma of all modes, 1 minus 8 steps; least of 4 methods",
-         least_repair),
+         repair),
     ]  # fmt: skip
     return [
         Claim(
@@ -169,16 +143,20 @@ def claims(table: pd.DataFrame, profile: str) -> list[Claim]:
             statement=statement,
             source=source,
             statistic=statistic,
-            interval=Interval(**_interval_of(of(drawn), float(of(whole)[0]))),
+            interval=crossed_bootstrap(*of, statistic=_least),
             side="above",
             threshold=0.0,
-            seeds=shape[2],
-            samples=shape[3],
+            seeds=seeds,
+            samples=samples,
             profile=profile,
             artefact_keys=tuple(sorted(table["key"].unique())),
         )
         for id_, statement, source, statistic, of in rows
     ]
+
+
+def _least(*outcomes: np.ndarray) -> float:
+    return min(float(one.mean()) for one in outcomes)
 
 
 # --- figures ------------------------------------------------------------------------------------
@@ -311,9 +289,11 @@ def _spread(resolutions: Sequence[float]) -> list[float]:
 def _cloud(axis: Axes, world: str, x: Tensor) -> None:
     far = outside(world, x).numpy()
     at = x.numpy()
-    axis.scatter(at[~far, 0], at[~far, 1], s=1.5, color=SOFT, lw=0)
+    axis.scatter(at[~far, 0], at[~far, 1], s=1.5, color=SOFT, lw=0, rasterized=True)
     one_place = float(np.ptp(at, axis=0).max()) < 1e-3
-    axis.scatter(at[far, 0], at[far, 1], s=50 if one_place else 4, color=ACCENT, lw=0)
+    axis.scatter(
+        at[far, 0], at[far, 1], s=50 if one_place else 4, color=ACCENT, lw=0, rasterized=True
+    )
 
 
 # --- small parts --------------------------------------------------------------------------------
@@ -330,8 +310,3 @@ def _outcomes(part: pd.DataFrame) -> np.ndarray:
     """Outcomes ``[seeds, samples]`` of one method at one number of steps."""
     wide = part.pivot(index="seed", columns="sample", values="outside")
     return wide.to_numpy(dtype=float)
-
-
-def _interval_of(drawn: np.ndarray, value: float) -> dict[str, float]:
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return {"value": float(value), "low": float(low), "high": float(high)}
