@@ -21,6 +21,7 @@ from turbo_lab.cpu import tune_allocator
 from turbo_lab.errors import MissingPiece
 from turbo_lab.field import Field, frozen, guided
 from turbo_lab.fit import Batch, Objective, Record, Saving, Shadow, fit
+from turbo_lab.history import TrainingHistory
 from turbo_lab.keys import key_of
 from turbo_lab.methods import METHODS
 from turbo_lab.methods.kinds import TrainableField
@@ -41,8 +42,6 @@ PAIRS = "postcards/pairs"
 RIVAL_FILE = "rivals.safetensors"
 _DRAWN: dict[tuple[str, str], dict[int, Tensor]] = {}
 """Pairs of this process by key and device: the replays of several students share them."""
-HISTORY_EVERY = 20
-"""Steps per line of history.jsonl (a line is the mean over them)."""
 SAVE_SECONDS = 60.0
 """Seconds between two checkpoints: what a kill can cost."""
 TRACE_STEPS = 3
@@ -292,7 +291,7 @@ def _make(recipe: Recipe, store: Store, device: str, watch: Watch, folder: Path)
     earlier = sum(s.steps for s in recipe.stages[:-1])
     work = store.workdir(recipe.artefact, recipe.spec())
     bench = workbench(recipe, store, device)
-    lines = _History(work / "history.jsonl", stage=len(recipe.stages))
+    lines = TrainingHistory(work / "history.jsonl", stage=len(recipe.stages))
     saving = Saving(checkpoints=Checkpoints(folder=work), every_seconds=SAVE_SECONDS)
     shadow = Shadow(of="student", average=bench.average, decay=stage.ema)
     for record in _fit(recipe, bench, (shadow,), saving):
@@ -364,40 +363,3 @@ def _earlier_history(recipe: Recipe, store: Store) -> str:
     """history.jsonl of the stages before the last, which travels with each stage."""
     found = recipe.before and store.find(recipe.artefact, recipe.before.spec())
     return found.file("history.jsonl").read_text(encoding="utf-8") if found else ""
-
-
-class _History:
-    """history.jsonl in the work folder: appended while training, cut back on resume."""
-
-    def __init__(self, path: Path, stage: int) -> None:
-        self.path, self.stage = path, stage
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        self.kept: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
-        self.open: list[Record] = []
-
-    def add(self, record: Record, *, last: bool) -> None:
-        # Lines from beyond the checkpoint that this run resumed from are being made again.
-        self.kept = [line for line in self.kept if line["step"] < record.step]
-        self.open.append(record)
-        if record.step % HISTORY_EVERY == 0 or last:
-            self.kept.append({"stage": self.stage, **_mean(self.open)})
-            self.open = []
-            atomic_write_text(self.path, self.text())
-
-    def text(self) -> str:
-        return "".join(json.dumps(line) + "\n" for line in self.kept)
-
-
-def _mean(records: list[Record]) -> dict[str, Any]:
-    def mean(of: Callable[[Record], Any]) -> dict[str, float]:
-        names = {name for record in records for name in of(record)}
-        got = {name: [of(r)[name] for r in records if name in of(r)] for name in sorted(names)}
-        return {name: round(sum(values) / len(values), 6) for name, values in got.items()}
-
-    seconds = round(sum(r.seconds for r in records) / len(records), 4)
-    return {
-        "step": records[-1].step,
-        "terms": mean(lambda r: r.terms),
-        "norms": mean(lambda r: r.norms),
-        "seconds": seconds,
-    }
