@@ -286,43 +286,28 @@ def claims(comparison: Comparison, *, profile: str) -> list[Claim]:
         areas = [x[a] for a in ("sign", "ground") for x in (at_few.errors, at_few.details)]
         detail = cl.crossed_bootstrap(*areas, statistic=_gap)
         more = cl.crossed_bootstrap(at_many.values["sign_read"] - at_few.values["sign_read"])
+        parts = (
+            ("blur", f"at {few} steps pictures are blurred",
+             "high-frequency share, of the teacher's", blur, "below", 1.0),
+            ("small", f"at {few} steps the sign loses more than the ground",
+             "normalised error, sign minus ground", small, "above", 0.0),
+            ("detail", f"at {few} steps the sign loses more detail than the ground",
+             "error over the variance within each picture, sign minus ground",
+             detail, "above", 0.0),
+            ("steps", f"{many} steps read more signs than {few}",
+             "difference of the rates", more, "above", 0.0),
+        )  # fmt: skip
         made += [
             Claim(
-                id=f"C1-blur-{family}",
-                statement=f"{name}: at {few} steps pictures are blurred",
-                statistic="high-frequency share, of the teacher's",
-                interval=blur,
-                side="below",
-                threshold=1.0,
+                id=f"C1-{part}-{family}",
+                statement=f"{name}: {statement}",
+                statistic=statistic,
+                interval=interval,
+                side="below" if side == "below" else "above",
+                threshold=threshold,
                 **_common(comparison, profile),
-            ),
-            Claim(
-                id=f"C1-small-{family}",
-                statement=f"{name}: at {few} steps the sign loses more than the ground",
-                statistic="normalised error, sign minus ground",
-                interval=small,
-                side="above",
-                threshold=0.0,
-                **_common(comparison, profile),
-            ),
-            Claim(
-                id=f"C1-detail-{family}",
-                statement=f"{name}: at {few} steps the sign loses more detail than the ground",
-                statistic="error over the variance within each picture, sign minus ground",
-                interval=detail,
-                side="above",
-                threshold=0.0,
-                **_common(comparison, profile),
-            ),
-            Claim(
-                id=f"C1-steps-{family}",
-                statement=f"{name}: {many} steps read more signs than {few}",
-                statistic="difference of the rates",
-                interval=more,
-                side="above",
-                threshold=0.0,
-                **_common(comparison, profile),
-            ),
+            )
+            for part, statement, statistic, interval, side, threshold in parts
         ]
     return made
 
