@@ -18,16 +18,18 @@ from turbo_lab.bench import report as reports
 from turbo_lab.bench import train
 from turbo_lab.bench.memory import peak_above
 from turbo_lab.bench.passes import Pass, counted_passes, probes
-from turbo_lab.bench.report import Report, compared
+from turbo_lab.bench.report import Holding, Report, Sharing, compared
+from turbo_lab.bench.sharing import as_copies, kept, on_shared_base, share, shares
 from turbo_lab.bench.steps import Step, at_work, cases, example, planted
 from turbo_lab.bench.train import interleaved, measure
 from turbo_lab.claims import Interval
 from turbo_lab.cli import app
 from turbo_lab.errors import BadInput, StoreError
-from turbo_lab.fit import Turn
+from turbo_lab.fit import Optimiser, Saving, Turn, fit
 from turbo_lab.methods.flow import FlowMatching
 from turbo_lab.recipes import Recipe
-from turbo_lab.store import Store
+from turbo_lab.store import Checkpoints, Store
+from turbo_lab.streams import Draw
 from turbo_lab.testbeds.postcards import NetSize
 from turbo_lab.training import workbench
 
@@ -78,6 +80,9 @@ def test_every_kind_of_stage_of_every_student_is_a_case() -> None:
     ]
     assert [case.name for case in cases("flow")] == ["flow"]
     assert {s.batch_size for c in cases(batch_size=5) for s in c.stages} == {5}
+    assert [case.name for case in cases("dmd2")] == ["flow", "dmd2-8", "dmd2-4", "dmd2-2"]
+    assert not any(name.startswith("dmd2-2-") for name in CASES)  # variants cost the same
+    assert [case.name for case in cases("dmd2-2-sec")][1] == "dmd2-2-second-0.5"
     # What is timed is trained as the recipe says: the methods' options are the recipes' own.
     assert cases("consistency")[1].stages[0].options["grid_steps"] == 40
 
@@ -102,9 +107,24 @@ def test_passes_are_those_of_the_method(
 ) -> None:
     step = begun(case)
     step()  # continuous consistency has no tangent in its first step
-    with counted_passes(2) as tally:
-        step()
-    assert tally == passes
+    assert step() == passes
+
+
+def test_a_step_of_dmd2_is_one_of_the_student_and_those_of_its_rival(
+    begun: Callable[[Recipe], Step],
+) -> None:
+    """How far each turn samples is drawn, so the passes of two steps differ."""
+    k = 3
+    step = begun(tiny(CASES["dmd2-4"], rival_updates=k))
+    seen = []
+    for first in (0, k, 2 * k):
+        draws = [Draw(seed=0, step=first + i, total=2, stream="fake") for i in range(k)]
+        fake = sum(draw.shared("step", 4) + 1 for draw in draws)
+        before = Draw(seed=0, step=first, total=2, stream="student").shared("step", 4)
+        # The fake is asked for its velocity in the student's turn, the guided teacher twice.
+        seen.append({WORN: fake + before + 1, BARE: 2, GRADIENT: k + 1})
+        assert step() == seen[-1]
+    assert step.rounds == k and len({tally[WORN] for tally in seen}) > 1
 
 
 def test_a_probe_is_one_pass_of_its_kind(store: Store) -> None:
@@ -113,7 +133,7 @@ def test_a_probe_is_one_pass_of_its_kind(store: Store) -> None:
     assert isinstance(student, Worn)
     kinds = [Pass(mode, adapter) for mode in reports.MODES for adapter in (False, True)]
     for kind, probe in probes(kinds, student, example(case, "cpu")).items():
-        with counted_passes(2) as tally:
+        with counted_passes(2, [student.host.net]) as tally:
             probe()
         assert tally == {kind: 1}
 
@@ -129,10 +149,8 @@ def test_a_step_plays_every_turn_of_slower_players(
 
     monkeypatch.setattr(FlowMatching, "turns", turns)
     step = begun(CASES["flow"])
-    with counted_passes(2) as tally:
-        step()
+    assert step() == {GRADIENT: 3 + 2}
     assert step.rounds == 6
-    assert tally == {GRADIENT: 3 + 2}
 
 
 class FakeClock:
@@ -167,13 +185,20 @@ def test_ratios_are_formed_within_rounds() -> None:
         {"flow": 1.0 * k, "m": m * k, BARE: 0.5 * k, GRADIENT: 1.0 * k}
         for k, m in ((1, 3.3), (10, 3.0), (100, 3.5))
     ]
-    row = compared("m", rounds, {BARE: 4.0, GRADIENT: 1.0}, unit="flow", played=2)
+    row = compared("m", rounds, [{BARE: 4.0, GRADIENT: 1.0}] * 3, unit="flow", played=2)
     assert row.to_flow.value == pytest.approx(3.3)
     assert (row.to_flow.low, row.to_flow.high) == pytest.approx((3.0, 3.5))
     assert row.to_passes.value == pytest.approx(1.1)
     assert row.overhead == pytest.approx(0.1)
     assert (row.seconds, row.expected) == pytest.approx((30.0, 30.0))
     assert row.total("forward") == 4 and row.total("tangent") == 0
+
+
+def test_a_step_is_compared_with_its_own_passes() -> None:
+    rounds = [{"m": 3.3, BARE: 1.0}, {"m": 6.6, BARE: 1.0}, {"m": 1.1, BARE: 1.0}]
+    row = compared("m", rounds, [{BARE: 3.0}, {BARE: 6.0}, {BARE: 1.0}], unit="m")
+    assert (row.to_passes.low, row.to_passes.high) == pytest.approx((1.1, 1.1))
+    assert row.passes == {BARE: pytest.approx(10 / 3)}
 
 
 @pytest.fixture(scope="module")
@@ -271,9 +296,11 @@ def test_the_bar_is_the_ratio_of_a_consistency_step_to_its_passes(
     measured: Report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "measure", lambda of, **_: measured)
-    (bar,) = bars.BARS["bench"]()
-    assert (bar.value, bar.limit, bar.ok) == (0.25, 1.10, True)
-    assert bar.interval is not None
+    found = list(bars.BARS["bench"]())
+    assert [bar.name for bar in found] == ["bench.consistency_step", "bench.dmd2_step"]
+    for bar in found:
+        assert (bar.value, bar.limit, bar.ok) == (0.25, 1.10, True)
+        assert bar.interval is not None
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
@@ -295,3 +322,70 @@ def test_memory_is_measured_in_processes_of_their_own() -> None:
     most, least = found["direct-8"], found["direct-1"]
     assert most is not None and least is not None
     assert most > least > 0  # eight unrolled graphs against one
+
+
+# --- one shared base against three networks -----------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [on_shared_base, as_copies])
+def test_what_is_kept_is_what_the_training_keeps(
+    form: Callable[..., Step], store: Store, tmp_path: Path
+) -> None:
+    """Counted by a played loss; against the optimisers' states in a checkpoint of `fit`."""
+    case = tiny(CASES["dmd2-2"])
+    batch = example(case, "cpu")
+    step = form(case, store, batch, "cpu")
+    weights, gradients, optimiser = kept(step, batch)
+    tensors = {t for net in step.networks for t in (*net.parameters(), *net.buffers())}
+    assert weights == sum(t.nbytes for t in tensors)
+    plan = {name: Optimiser(lr=1e-3) for name in step.objective.players}
+    saving = Saving(checkpoints=Checkpoints(folder=tmp_path), every_steps=1)
+    run = fit(
+        step.objective, lambda draw: batch, steps=1, batch_size=2, seed=0, optimisers=plan,
+        saving=saving,
+    )  # fmt: skip
+    list(run)
+    newest = saving.checkpoints.latest()
+    assert newest is not None
+    states = {k: v for k, v in newest[1].items() if k.startswith("adam/")}
+    assert optimiser == sum(v.nbytes for v in states.values())
+    firsts = {k: v.nbytes for k, v in states.items() if k.endswith("/exp_avg")}
+    assert gradients == max(
+        sum(n for k, n in firsts.items() if k.startswith(f"adam/{name}/")) for name in plan
+    )
+
+
+def test_copies_take_the_steps_that_adapters_take(
+    begun: Callable[[Recipe], Step], store: Store
+) -> None:
+    case = tiny(CASES["dmd2-2"], rival_updates=2)
+    worn = begun(case)()
+    step = as_copies(case, store, example(case, "cpu"), "cpu")
+    bare = step()
+    step.close()
+    assert len(step.networks) == 3
+    assert bare == {
+        Pass("gradient", False): worn[GRADIENT],
+        BARE: worn[BARE] + worn[WORN],
+    }
+
+
+def test_only_methods_with_a_fake_score_are_compared_with_copies() -> None:
+    assert shares([CASES["flow"], CASES["consistency"]]) == ()
+
+
+def test_shares_say_what_they_compare() -> None:
+    adapters = Holding(weights=100, gradients=1, optimiser=4, peak=120)
+    copies = Holding(weights=300, gradients=100, optimiser=600, peak=None)
+    found = Sharing(name="m", parameters=10**6, batch_size=1, shared=adapters, copies=copies)
+    assert found.exact == pytest.approx(0.105) and found.peak is None
+    assert "1.0M parameters" in str(found) and "(10%)" in str(found) and "unknown" in str(found)
+    assert found.record()["exact_share"] == found.exact
+
+
+@pytest.mark.slow
+def test_sharing_is_measured_in_processes_of_their_own() -> None:
+    wide = tiny(CASES["dmd2-2"])
+    found = share(wide)
+    assert found.exact < 1 and found.shared.weights < found.copies.weights
+    assert found.shared.peak is not None and found.shared.peak > 0

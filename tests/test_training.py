@@ -218,17 +218,29 @@ def test_pairs_are_the_teachers_samples_and_never_the_noise_that_is_measured(
     torch.testing.assert_close(again.x, batch.x, rtol=1e-4, atol=1e-5)  # pair 8 is pair 0
 
 
-def test_a_student_with_a_rival_resumes_and_replays(student: Recipe, tmp_path: Path) -> None:
-    """DMD2 through a recipe: the fake is kept beside the student, for the replay."""
-    stage = recipes.Stage(
-        method="dmd2",
-        options={"times": (1.0, 0.7155), "rival_updates": 2},
-        steps=6,
-        batch_size=4,
-        rates={"student": Rates(lr=1e-3), "fake": Rates(lr=1e-3)},
-        teacher="guided",
-        guidance_scale=3.0,
-    )
+PLAIN = recipes.Stage(
+    method="dmd2",
+    options={"times": (1.0, 0.7155), "rival_updates": 2},
+    steps=6,
+    batch_size=4,
+    rates={"student": Rates(lr=1e-3), "fake": Rates(lr=1e-3)},
+    teacher="guided",
+    guidance_scale=3.0,
+)
+WEIGHED = PLAIN.model_copy(
+    update={
+        "options": {**PLAIN.options, "divergence": "alpha", "alpha": 0.5},
+        "rates": {**PLAIN.rates, "critic": Rates(lr=1e-3)},
+        "pairs": recipes.Pairs(n=8, steps=2),
+    }
+)
+
+
+@pytest.mark.parametrize(("stage", "rivals"), [(PLAIN, {"fake"}), (WEIGHED, {"fake", "critic"})])
+def test_a_student_with_rivals_resumes_and_replays(
+    stage: recipes.Stage, rivals: set[str], student: Recipe, tmp_path: Path
+) -> None:
+    """DMD2 through a recipe: the rivals are kept beside the student, for the replay."""
     recipe = student.model_copy(update={"name": "dmd2", "stages": (stage,)})
     a, b = Store(cache=tmp_path / "a"), Store(cache=tmp_path / "b")
     ended = training.trained(recipe, store=a)
@@ -242,10 +254,51 @@ def test_a_student_with_a_rival_resumes_and_replays(student: Recipe, tmp_path: P
         with pytest.raises(RuntimeError, match="power"):
             training.trained(recipe, store=b, watch=trip)
     resumed = training.trained(recipe, store=b)
+    kept = ended.tensors(training.RIVAL_FILE)
+    assert {key.split("/")[0] for key in kept} == rivals
+    assert all(bool(v.any()) for k, v in kept.items() if "score" in k)  # the critic has learnt
     for file in ("weights.safetensors", training.RIVAL_FILE):
         one, other = ended.tensors(file), resumed.tensors(file)
         assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
     assert training.replay(recipe, resumed, b) == training.recorded(resumed)
+
+
+def test_a_critic_comes_only_with_a_divergence_that_asks_for_a_ratio(
+    student: Recipe, tmp_path: Path
+) -> None:
+    store = Store(cache=tmp_path)
+    assert student.teacher is not None
+    training.trained(student.teacher, store=store)
+    named = {"rkl": {"divergence": "rkl"}, "alpha 0": {"divergence": "alpha", "alpha": 0.0}}
+    for options in ({}, *named.values()):
+        stage = PLAIN.model_copy(update={"options": {**PLAIN.options, **options}})
+        recipe = student.model_copy(update={"name": "dmd2", "stages": (stage,)})
+        bench = training.workbench(recipe, store)
+        assert list(bench.rivals) == ["fake"] and "critic" not in bench.pieces
+        assert list(bench.objective(stage).players) == ["student", "fake"]
+    recipe = student.model_copy(update={"name": "dmd2", "stages": (WEIGHED,)})
+    bench = training.workbench(recipe, store)
+    assert list(bench.objective(WEIGHED).players) == ["student", "fake", "critic"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"pairs": None}, "pairs=None is not allowed: divergence='alpha' needs samples"),
+        ({"rates": PLAIN.rates}, "rates=.*divergence='alpha' needs one for player 'critic'"),
+        ({"options": {"times": (1.0,), "divergence": "magic"}}, "divergence='magic'"),
+    ],
+)
+def test_a_ratio_without_what_it_is_learnt_from_is_refused_before_any_work(
+    changed: dict[str, object], said: str, student: Recipe, tmp_path: Path
+) -> None:
+    stage = WEIGHED.model_copy(update=changed)
+    recipe = student.model_copy(update={"name": "dmd2", "stages": (*student.stages[:1], stage)})
+    store = Store(cache=tmp_path)
+    for work in (training.trained, training.workbench):
+        with pytest.raises(BadInput, match=said):
+            work(recipe, store=store)
+    assert not list(store.entries())
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "teacher"])

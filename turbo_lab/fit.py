@@ -319,10 +319,13 @@ def _check(
             raise BadInput(name, value, "use an integer of at least 1")
     if not 1 <= micro_batches <= batch_size:
         raise BadInput("micro_batches", micro_batches, f"use 1 to batch_size ({batch_size})")
+    known = ", ".join(objective.players)
+    for name in optimisers:
+        if name not in objective.players:
+            raise BadInput("optimisers", name, f"the players are {known}")
     for turn in turns:
         for name in turn.moves:
             if name not in objective.players:
-                known = ", ".join(objective.players)
                 raise BadInput(f"moves of turn {turn.name}", name, f"the players are {known}")
             if name not in optimisers:
                 raise BadInput("optimisers", sorted(optimisers), f"player {name!r} needs one")

@@ -18,19 +18,22 @@ from torch import Tensor
 from turbo_lab.adapters import Host
 from turbo_lab.atomic import atomic_write_text, save_tensors
 from turbo_lab.cpu import tune_allocator
-from turbo_lab.errors import MissingPiece
+from turbo_lab.critic import spawn_critic
+from turbo_lab.errors import BadInput, MissingPiece
 from turbo_lab.field import Field, frozen, guided
-from turbo_lab.fit import Batch, Objective, Record, Saving, Shadow, fit
+from turbo_lab.fit import Batch, Objective, Player, Record, Saving, Shadow, fit
 from turbo_lab.history import TrainingHistory
 from turbo_lab.keys import key_of
 from turbo_lab.methods import METHODS
+from turbo_lab.methods.divergences import divergence_named, needs_ratio
 from turbo_lab.methods.kinds import TrainableField
-from turbo_lab.postcards.captions import null_tokens
+from turbo_lab.postcards.captions import TOKENS, VOCABULARY, null_tokens
 from turbo_lab.progress import progress
 from turbo_lab.recipes import Recipe, Stage
 from turbo_lab.store import Artefact, Checkpoints, Store
 from turbo_lab.streams import Draw, seed_for
 from turbo_lab.testbeds.postcards import (
+    LATENT_CHANNELS,
     PairSource,
     PostcardNet,
     pair_batch,
@@ -71,7 +74,12 @@ def trained(
 
     Each stage is an artefact of its own and starts from the averaged weights of the one before.
     A killed training continues from its last checkpoint; two processes asking at once train once.
+
+    Raises:
+        BadInput: a stage needs the ratio of densities and has nothing to learn it from.
     """
+    for stage in recipe.stages:
+        _check_ratio(stage)
     store, watch = store or Store.default(), watch or _unwatched
     if not fresh and (found := store.find(recipe.artefact, recipe.spec())):
         return found  # without asking for the stages before it
@@ -115,14 +123,14 @@ class Workbench:
     """What a stage works with: the student, its average, and everything a method may ask for.
 
     ``pieces`` go by the names of the methods' fields: student, average, teacher, plain, null, and
-    the rivals, which learn along with the student (fake).
+    the rivals, which learn along with the student: fake, and critic where a ratio is needed.
     """
 
     student: TrainableField
     average: TrainableField
     pieces: Mapping[str, object]
     batches: Callable[[Draw], Batch]
-    rivals: Mapping[str, TrainableField] = dataclasses.field(default_factory=dict)
+    rivals: Mapping[str, Player] = dataclasses.field(default_factory=dict)
 
     def objective(self, stage: Stage) -> Objective:
         """Build the method of a stage from the pieces it has fields for."""
@@ -134,17 +142,44 @@ class Workbench:
 RIVALS = ("fake",)
 """Players that start as the teacher and learn along with the student."""
 
+CRITIC = "critic"
+"""The player that learns the ratio of teacher to student, where the divergence of a stage needs it:
+without it a stage is, to the bit, what it was before critics."""
+
 
 def _fields_of(stage: Stage) -> set[str]:
     return {f.name for f in dataclasses.fields(METHODS[stage.method])}
+
+
+def _asks_ratio(stage: Stage) -> bool:
+    """Whether the divergence of a stage weighs samples by a ratio."""
+    if CRITIC not in _fields_of(stage):
+        return False
+    name = str(stage.options.get("divergence", "rkl"))
+    alpha = float(str(stage.options.get("alpha", 0.0)))
+    divergence_named(name, alpha)
+    return needs_ratio(name, alpha)
+
+
+def _check_ratio(stage: Stage) -> None:
+    """A critic tells samples of the teacher from the student's: it needs them, and a rate."""
+    if not _asks_ratio(stage):
+        return
+    needs = f"divergence={stage.options['divergence']!r} needs"
+    if stage.pairs is None:
+        raise BadInput("pairs", None, f"{needs} samples of the teacher for its critic")
+    if CRITIC not in stage.rates:
+        raise BadInput("rates", sorted(stage.rates), f"{needs} one for player {CRITIC!r} too")
 
 
 def workbench(recipe: Recipe, store: Store, device: str = "cpu") -> Workbench:
     """Set up the last stage of a recipe, at its beginning.
 
     Raises:
+        BadInput: the stage needs the ratio of densities and has nothing to learn it from.
         MissingPiece: the stage before it, or the teacher, is not in the store.
     """
+    _check_ratio(recipe.stages[-1])
     return (_net_bench if recipe.teacher is None else _adapter_bench)(recipe, store, device)
 
 
@@ -173,7 +208,13 @@ def _adapter_bench(recipe: Recipe, store: Store, device: str) -> Workbench:
     plain = frozen(host.bare)
     guide = guided(plain, null_tokens(1), stage.guidance_scale or 1.0)
     wanted = sorted(_fields_of(stage).intersection(RIVALS))
-    rivals = {name: host.add(name, recipe.adapter, seed=recipe.seed) for name in wanted}
+    rivals: dict[str, Player] = {
+        name: host.add(name, recipe.adapter, seed=recipe.seed) for name in wanted
+    }
+    if _asks_ratio(stage):
+        table = {"vocabulary": VOCABULARY, "tokens": TOKENS}
+        critic = spawn_critic(channels=LATENT_CHANNELS, seed=recipe.seed, **table)
+        rivals[CRITIC] = critic.to(device)
     pieces: dict[str, object] = {
         "student": student,
         "average": average,
@@ -272,7 +313,7 @@ def _floats(artefact: Artefact) -> dict[str, Tensor]:
 
 def _rival_weights(recipe: Recipe, artefact: Artefact) -> dict[str, Tensor]:
     """Weights of the rivals as they were when the student was finished, ``name/key``."""
-    has = _fields_of(recipe.stages[-1]).intersection(RIVALS)
+    has = _fields_of(recipe.stages[-1]).intersection(RIVALS)  # who has a critic has a fake
     return _as_floats(artefact.tensors(RIVAL_FILE)) if has else {}
 
 

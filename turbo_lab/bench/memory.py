@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,6 +32,44 @@ def peak_above(work: Callable[[], object], device: str = "cpu") -> int | None:
         Path("/proc/self/clear_refs").write_text("5")
     work()
     return max(0, _resident("VmHWM") - before)
+
+
+def peak_with(build: Callable[[], Callable[[], object]], device: str = "cpu") -> int | None:
+    """Bytes in use at the worst moment of some work, what was built for it included.
+
+    What building needed only for itself is not counted, where the platform can forget a peak
+    (Linux, CUDA). As `peak_above`, for a fresh process.
+
+    Args:
+        build: makes the work.
+        device: ``cuda`` for the memory of the GPU, else that of the process.
+
+    Returns:
+        The bytes; None where the platform does not tell (Windows).
+    """
+    if device == "cuda":
+        import torch
+
+        before = torch.cuda.memory_allocated()
+        work = build()
+        held = torch.cuda.memory_allocated() - before
+    elif sys.platform == "win32":
+        return None
+    else:
+        _give_back()
+        before = _resident("VmRSS")
+        work = build()
+        _give_back()
+        held = _resident("VmRSS") - before
+    rise = peak_above(work, device)
+    return None if rise is None else held + rise
+
+
+def _give_back() -> None:
+    """Return what is free to the system, where the C library knows how (glibc)."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _peak_on_gpu(work: Callable[[], object]) -> int:

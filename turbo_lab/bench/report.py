@@ -30,7 +30,8 @@ class Row:
     Args:
         name: of its recipe, with what tells its stages apart.
         rounds: of `fit` in a step: the fewest after which every turn was played.
-        passes: network passes per sample in a step; a guided velocity is 2.
+        passes: network passes per sample in a step, the mean over the rounds, since some methods
+            draw how far they sample; a guided velocity is 2.
         seconds: of a step, the median.
         to_flow: ratio to a flow-matching step of the same round, the median.
         expected: seconds of the passes alone, the median.
@@ -63,6 +64,71 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Holding:
+    """What a training must keep, counted exactly, and what its process held at the worst moment.
+
+    Args:
+        weights: bytes of parameters and buffers, of whoever teaches too.
+        gradients: bytes of those of the turn that has most.
+        optimiser: bytes of the state of all optimisers.
+        peak: bytes of the process at the worst moment of a step, activations and all.
+    """
+
+    weights: int
+    gradients: int
+    optimiser: int
+    peak: int | None
+
+    @property
+    def exact(self) -> int:
+        """Bytes that are kept between and during steps whatever the batch."""
+        return self.weights + self.gradients + self.optimiser
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """One training on one shared base, and as three whole networks.
+
+    Args:
+        name: of the recipe.
+        parameters: of the network.
+        batch_size: samples of a step.
+        shared: two adapters (and the student's average, a third) on one base.
+        copies: student, fake and teacher as networks of their own, without an average.
+    """
+
+    name: str
+    parameters: int
+    batch_size: int
+    shared: Holding
+    copies: Holding
+
+    @property
+    def exact(self) -> float:
+        """Share of the copies' weights, gradients and optimiser states."""
+        return self.shared.exact / self.copies.exact
+
+    @property
+    def peak(self) -> float | None:
+        """Share of the copies' peak."""
+        if self.shared.peak is None or self.copies.peak is None:
+            return None
+        return self.shared.peak / self.copies.peak
+
+    def record(self) -> dict[str, Any]:
+        """The comparison as plain JSON."""
+        return {**asdict(self), "exact_share": self.exact, "peak_share": self.peak}
+
+    def __str__(self) -> str:
+        peaks = "unknown" if self.peak is None else f"{self.peak:.0%}"
+        return (
+            f"{self.name}, {self.parameters / 1e6:.1f}M parameters, batch {self.batch_size}: "
+            f"one shared base keeps {self.shared.exact / 1e6:.0f} MB, three copies "
+            f"{self.copies.exact / 1e6:.0f} MB ({self.exact:.0%}); of their peak {peaks}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """The rows, and what they were measured with."""
 
@@ -71,6 +137,7 @@ class Report:
     device: str
     prices: Mapping[Pass, float]
     rows: tuple[Row, ...]
+    sharing: tuple[Sharing, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """The report as plain JSON, with its provenance."""
@@ -81,6 +148,7 @@ class Report:
             "device": self.device,
             "pass_seconds": {str(kind): price for kind, price in self.prices.items()},
             "rows": [row.record() for row in self.rows],
+            "sharing": [sharing.record() for sharing in self.sharing],
             "provenance": provenance(),
         }
 
@@ -88,18 +156,23 @@ class Report:
 def compared(
     name: str,
     rounds: Sequence[Seconds],
-    passes: Mapping[Pass, float],
+    passes: Sequence[Mapping[Pass, float]],
     *,
     unit: str,
     played: int = 1,
 ) -> Row:
-    """Make the row of a method from the seconds of all rounds; ratios are within rounds."""
+    """Make the row of a method from seconds and passes of all rounds; ratios are within rounds."""
     spent = [r[name] for r in rounds]
-    expected = [sum(n * r[kind] for kind, n in passes.items()) for r in rounds]
+    expected = [
+        sum(n * r[kind] for kind, n in tally.items())
+        for r, tally in zip(rounds, passes, strict=True)
+    ]
+    kinds = sorted({kind for tally in passes for kind in tally})
+    mean = {kind: sum(tally.get(kind, 0.0) for tally in passes) / len(passes) for kind in kinds}
     return Row(
         name=name,
         rounds=played,
-        passes=dict(passes),
+        passes=mean,
         seconds=statistics.median(spent),
         to_flow=_ratio(spent, [r[unit] for r in rounds]),
         expected=statistics.median(expected),

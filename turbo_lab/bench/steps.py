@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from torch import nn
+
+from turbo_lab.adapters import Worn
 from turbo_lab.atomic import save_tensors
+from turbo_lab.bench.passes import Pass, counted_passes
 from turbo_lab.errors import BadInput
-from turbo_lab.fit import Batch, Record, Shadow, fit
+from turbo_lab.fit import Batch, Objective, Record, Shadow, fit
 from turbo_lab.recipes import RECIPES, Rates, Recipe, Stage, resolve
 from turbo_lab.store import Store
 from turbo_lab.streams import Draw
@@ -28,7 +32,9 @@ def cases(only: str = "", *, batch_size: int = BATCH_SIZE) -> tuple[Recipe, ...]
     """One-stage recipes: flow matching of an adapter, then every kind of stage of every student.
 
     Args:
-        only: beginning of names; flow matching stays, as the unit.
+        only: beginning of names; flow matching stays, as the unit. A recipe that varies another,
+            as dmd2-2-kl does dmd2-2, costs the same or nearly: it is measured where ``only`` says
+            more than the name of that other.
         batch_size: samples of a turn, 1 to 1024.
 
     Raises:
@@ -41,11 +47,21 @@ def cases(only: str = "", *, batch_size: int = BATCH_SIZE) -> tuple[Recipe, ...]
     unit = Stage(method="flow", steps=1, batch_size=batch_size, rates=rates, ema=0.99)
     found = [students[0].model_copy(update={"name": UNIT, "stages": (unit,)})]
     found += [case for student in students for case in _kinds(student, batch_size)]
-    kept = [case for case in found if case.name.startswith(only)]
+    names = {case.name for case in found}
+    kept = [
+        case
+        for case in found
+        if case.name.startswith(only) and len(_varied(case.name, names)) < max(1, len(only))
+    ]
     if not kept:
-        names = ", ".join(case.name for case in found)
-        raise BadInput("only", only, f"begin one of {names}")
+        known = ", ".join(case.name for case in found)
+        raise BadInput("only", only, f"begin one of {known}")
     return (found[0], *(case for case in kept if case is not found[0]))
+
+
+def _varied(name: str, names: Iterable[str]) -> str:
+    """The name that another one goes on from; empty where there is none."""
+    return max((n for n in names if name.startswith(f"{n}-")), key=len, default="")
 
 
 def _kinds(recipe: Recipe, batch_size: int) -> Iterator[Recipe]:
@@ -62,15 +78,31 @@ def _kinds(recipe: Recipe, batch_size: int) -> Iterator[Recipe]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Step:
-    """A training that stands still between calls; a call plays ``rounds`` rounds of it."""
+    """A training that stands still between calls; a call plays ``rounds`` rounds of it.
+
+    Args:
+        records: of `fit`.
+        objective: the method.
+        networks: those that are passed through, teachers too.
+        batch_size: samples of a turn.
+    """
 
     records: Generator[Record]
-    rounds: int
+    objective: Objective
+    networks: tuple[nn.Module, ...]
+    batch_size: int
 
-    def __call__(self) -> None:
-        """Take one step: every turn of the method is played at least once."""
-        for _ in range(self.rounds):
-            next(self.records)
+    @property
+    def rounds(self) -> int:
+        """The fewest after which every turn was played."""
+        return math.lcm(*(turn.every for turn in self.objective.turns()))
+
+    def __call__(self) -> Mapping[Pass, float]:
+        """Take one step, every turn of the method at least once; return its passes per sample."""
+        with counted_passes(self.batch_size, self.networks) as tally:
+            for _ in range(self.rounds):
+                next(self.records)
+        return tally
 
     def close(self) -> None:
         """End the training; trainings end in the opposite order of their beginnings.
@@ -84,7 +116,22 @@ def at_work(case: Recipe, store: Store, batch: Batch, device: str) -> Step:
     """Begin the training of a one-stage recipe, as `fit` does it, on one batch again and again."""
     (stage,) = case.stages
     bench = workbench(case, store, device)
-    objective = bench.objective(stage)
+    assert isinstance(bench.student, Worn)
+    shadow = Shadow(of="student", average=bench.average, decay=stage.ema)
+    network = bench.student.host.net
+    return begun(case, bench.objective(stage), batch, networks=(network,), shadows=(shadow,))
+
+
+def begun(
+    case: Recipe,
+    objective: Objective,
+    batch: Batch,
+    *,
+    networks: tuple[nn.Module, ...],
+    shadows: tuple[Shadow, ...] = (),
+) -> Step:
+    """Begin the training of the method of a one-stage recipe."""
+    (stage,) = case.stages
     records = fit(
         objective,
         lambda draw: batch,
@@ -92,10 +139,14 @@ def at_work(case: Recipe, store: Store, batch: Batch, device: str) -> Step:
         batch_size=stage.batch_size,
         seed=case.seed,
         optimisers={name: rates.optimiser() for name, rates in stage.rates.items()},
-        shadows=(Shadow(of="student", average=bench.average, decay=stage.ema),),
+        shadows=shadows,
     )
-    rounds = math.lcm(*(turn.every for turn in objective.turns()))
-    return Step(records=cast("Generator[Record]", records), rounds=rounds)
+    return Step(
+        records=cast("Generator[Record]", records),
+        objective=objective,
+        networks=networks,
+        batch_size=stage.batch_size,
+    )
 
 
 def example(case: Recipe, device: str) -> Batch:

@@ -7,21 +7,20 @@ on them. With n_k passes of kind k per sample, counted while a step runs, a step
 
 .. math:: \hat s = \sum_k n_k\, p_k
 
-where p_k is the time of one pass of that kind over the batch. What a step spends beyond that is
-its loss, optimiser and average; the batch is given, so data are in neither.
+where p_k is the time of one pass of that kind over the batch; n_k are counted in the very step that
+is timed, since DMD2 draws how far it samples. What a step spends beyond that is
+its loss, optimiser, average and critic; the batch is given, so data are in neither.
 """
 
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,11 +28,13 @@ import torch
 
 from turbo_lab.adapters import Worn
 from turbo_lab.bench.memory import peak_above
-from turbo_lab.bench.passes import Pass, counted_passes, probes
+from turbo_lab.bench.passes import Pass, probes
+from turbo_lab.bench.processes import apart
 from turbo_lab.bench.report import Report, Seconds, compared, save, table
+from turbo_lab.bench.sharing import shares
 from turbo_lab.bench.steps import BATCH_SIZE, Step, at_work, cases, example, planted
 from turbo_lab.cpu import tune_allocator
-from turbo_lab.errors import BadInput, TurboLabError
+from turbo_lab.errors import BadInput
 from turbo_lab.lab import chosen_device
 from turbo_lab.progress import progress
 from turbo_lab.recipes import Recipe
@@ -69,18 +70,18 @@ def measure(
         store, batch = planted(Path(folder), of[0]), example(of[0], device)
         tasks: dict[str | Pass, Callable[[], object]] = {}
         steps: dict[str, Step] = {}
-        passes: dict[str, Mapping[Pass, float]] = {}
+        passes: dict[str, list[Mapping[Pass, float]]] = {}
+        kinds: set[Pass] = set()
         for case in of:
-            tasks[case.name] = steps[case.name] = step = at_work(case, store, batch, device)
+            steps[case.name] = step = at_work(case, store, batch, device)
             opened.callback(step.close)
             step()  # makes the optimiser's state; some methods also begin with another loss
-            with counted_passes(len(batch.x)) as tally:
-                step()
-            passes[case.name] = tally
-        kinds = sorted({kind for tally in passes.values() for kind in tally})
+            kinds.update(step())
+            passes[case.name] = []
+            tasks[case.name] = partial(_counted, step, passes[case.name])
         student = workbench(of[0], store, device).student
         assert isinstance(student, Worn)
-        for kind, probe in probes(kinds, student, batch).items():
+        for kind, probe in probes(sorted(kinds), student, batch).items():
             tasks[kind] = probe
             probe()  # once unmeasured, as the steps
         with progress(repeats, f"timing {len(of)} methods") as tick:
@@ -92,8 +93,12 @@ def measure(
         compared(name, rounds, passes[name], unit=of[0].name, played=steps[name].rounds)
         for name in steps
     )
-    prices = {kind: statistics.median(r[kind] for r in rounds) for kind in kinds}
+    prices = {kind: statistics.median(r[kind] for r in rounds) for kind in sorted(kinds)}
     return Report(batch_size=len(batch.x), repeats=repeats, device=device, prices=prices, rows=rows)
+
+
+def _counted(step: Step, passes: list[Mapping[Pass, float]]) -> None:
+    passes.append(step())
 
 
 def interleaved(
@@ -130,24 +135,10 @@ def peaks(of: Sequence[Recipe], *, device: str = "cpu") -> dict[str, int | None]
     Raises:
         TurboLabError: a process died.
     """
-    # A fork of a server that has only imported starts in a moment; after CUDA was asked for
-    # devices, as imports do, nothing forked can use it.
-    forks = device == "cpu" and "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if forks else "spawn")
-    if forks:
-        qwen = "diffusers.models.transformers.transformer_qwenimage"
-        context.set_forkserver_preload(["turbo_lab.bench.train", qwen])
     found: dict[str, int | None] = {}
     with progress(len(of), "measuring memory") as tick:
         for case in of:
-            with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-                try:
-                    found[case.name] = pool.submit(step_peak, case, device).result()
-                except BrokenProcessPool:
-                    raise TurboLabError(
-                        f"The process that measured the memory of {case.name} died; "
-                        "is there enough memory for the batch?"
-                    ) from None
+            found[case.name] = apart(step_peak, case, device, what=case.name, device=device)
             tick(len(found), case.name)
     return found
 
@@ -159,12 +150,8 @@ def step_peak(case: Recipe, device: str) -> int | None:
         gc.collect()
         tune_allocator()  # only now: what building has freed went back to the system
 
-        def twice() -> None:
-            step()
-            step()
-
         try:
-            return peak_above(twice, device)
+            return peak_above(lambda: (step(), step()), device)
         finally:
             step.close()
 
@@ -195,8 +182,11 @@ def main(
     report = measure(of, repeats=repeats, device=place)
     most = peaks(of, device=place)
     rows = tuple(replace(row, peak_bytes=most[row.name]) for row in report.rows)
-    report = replace(report, rows=rows)
-    Console().print(table(report))
+    report = replace(report, rows=rows, sharing=shares(of, device=place))
+    console = Console()
+    console.print(table(report))
+    for sharing in report.sharing:
+        console.print(str(sharing))
     if path is not None:
         save(report, path)
     return report

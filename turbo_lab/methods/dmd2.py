@@ -10,6 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from turbo_lab.critic import Critic, TrainableCritic, logistic
 from turbo_lab.errors import BadInput
 from turbo_lab.field import Condition, Field
 from turbo_lab.fit import Batch, Player, Turn
@@ -29,9 +30,6 @@ from turbo_lab.sample import State, final, sample
 from turbo_lab.streams import Draw
 
 Range = tuple[float, float]
-Critic = Callable[[Tensor, Tensor, Condition], Tensor]
-"""``(x_t, t, c)`` to logits ``[B]``, see `turbo_lab.methods.divergences.density_ratio`."""
-
 Start = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, int]]
 
 
@@ -116,6 +114,15 @@ class DMD2:
     The step k is drawn once for the whole batch, as in DMD2. Of the batch, ``c`` is used, and of
     ``x`` only the shape unless the rollout is ``forward``.
 
+    **Weights h(r)** need r = p / q at x_t. Where densities are known, ``critic`` is a function that
+    returns log r. Elsewhere it is a player, and learns log r in a turn of its own every round, by
+    the logistic loss between the teacher's samples and the student's, each noised to a time of its
+    own in ``noise_range``. ``Batch.x`` must then be samples of the teacher: p is what they were
+    drawn from. Pairs are drawn from the guided teacher, so r is that of guided samples, not of
+    the plain teacher that decoupled guidance matches. With few of them a critic can learn them by
+    heart, and then overrates r; its terms sink below those on fresh samples. A divergence without
+    a weight asks no critic and trains none.
+
     **Decoupled guidance** (Liu et al. 2025, arXiv 2511.22677), if ``guidance_range`` is given: g
     becomes the sum of a distribution-matching part, from the fake to the ``plain`` teacher, and a
     guidance part, from the plain to the guided teacher, which has noise and times of its own. Each
@@ -131,8 +138,8 @@ class DMD2:
         teacher: the field whose distribution is the goal (guided, frozen).
         fake: learns the velocity of the student's samples; never guided.
         plain: the teacher without guidance, for decoupled guidance.
-        critic: logits of teacher against student, for every divergence but ``rkl``; not trained
-            here.
+        critic: logits of teacher against student, for every divergence but ``rkl``; it learns if
+            it is a `turbo_lab.critic.TrainableCritic`.
         times: of the student's sampler, falling from 1; the closing 0 may be left out.
         eta: of the student's sampler: 0 is Euler, 1 predicts and renoises.
         rollout: ``backward`` (simulated with the sampler, gradient through the drawn step alone)
@@ -223,13 +230,14 @@ class DMD2:
 
     @property
     def players(self) -> Mapping[str, Player]:
-        """The student, and its rival the fake."""
-        return {"student": self.student, "fake": self.fake}
+        """The student, and its rivals: the fake, and a critic that has to learn."""
+        return {"student": self.student, "fake": self.fake, **self._critics}
 
     def turns(self) -> Sequence[Turn]:
-        """Every round the fake, and then, every ``rival_updates`` rounds, the student."""
+        """Every round the rivals, and then, every ``rival_updates`` rounds, the student."""
         return (
             Turn(name="fake", loss=self.fake_loss, moves=("fake",)),
+            *(Turn(name=name, loss=self.critic_loss, moves=(name,)) for name in self._critics),
             Turn(
                 name="student",
                 loss=self.student_loss,
@@ -251,6 +259,12 @@ class DMD2:
     @property
     def _weighed(self) -> bool:
         return needs_ratio(self.divergence, self.alpha)
+
+    @property
+    def _critics(self) -> Mapping[str, TrainableCritic]:
+        """The critic by name, if it is asked for a ratio and learns."""
+        asked = {"critic": self.critic} if self._weighed else {}
+        return {name: it for name, it in asked.items() if isinstance(it, TrainableCritic)}
 
     def predict(self, batch: Batch, draw: Draw, k: int) -> State:
         """Step k of the student's own sampler, ``State.x_hat`` being the x of the losses.
@@ -315,16 +329,35 @@ class DMD2:
         g, watched = self.gradient(state.x_hat.detach(), batch.c, draw)
         return {"surrogate": surrogate(state.x_hat, g), **watched}
 
-    def fake_loss(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
-        """Flow matching of the fake on the student's samples, per sample ``[B]``."""
+    @torch.no_grad()
+    def samples(self, batch: Batch, draw: Draw) -> Tensor:
+        """Clean images of the student ``[B, ...]`` for its rivals: those that are matched."""
         first = 1 if self.anchor_weight else 0
         k = first + draw.shared("step", self.steps - first)
-        with torch.no_grad():
-            x = self.predict(batch, draw, k).x_hat
+        return self.predict(batch, draw, k).x_hat
+
+    def fake_loss(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+        """Flow matching of the fake on the student's samples, per sample ``[B]``."""
+        x = self.samples(batch, draw)
         t = _times(draw, self.fake_range, self.fake_shift, x)
         z = draw.normal("eps", x.shape[1:]).to(x)
         v = self.fake(mix(x, z, t), t, batch.c)
         return {"velocity": squared(v, velocity(x, z))}
+
+    def critic_loss(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+        """Logistic loss of a critic that learns, per sample ``[B]``, see `logistic`.
+
+        Args:
+            batch: its ``x`` are samples of the teacher.
+            draw: of this turn.
+        """
+        assert self.critic is not None
+        sides = {"teacher": batch.x, "student": self.samples(batch, draw)}
+        logits = {}
+        for side, x in sides.items():
+            x_t, t = _noised(x, draw.sub(side), self.noise_range, self.noise_shift)
+            logits[side] = self.critic(x_t, t, batch.c)
+        return logistic(**logits)
 
 
 def _times(draw: Draw, between: Range, shift: float, like: Tensor) -> Tensor:
