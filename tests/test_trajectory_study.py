@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
+from small_lab import small_lab, small_student
 
-from turbo_lab import charts, explore, recipes, training
-from turbo_lab.adapters import AdapterSize
+from turbo_lab import charts, explore
 from turbo_lab.claims import crossed_bootstrap
 from turbo_lab.errors import BadInput
 from turbo_lab.lab import Lab
 from turbo_lab.measure.areas import AREAS, area_errors, area_masks
 from turbo_lab.postcards import draw_scenes, render
-from turbo_lab.recipes import Recipe, student_recipe
-from turbo_lab.store import Store
 from turbo_lab.studies import trajectory, trajectory_figures
 from turbo_lab.studies.trajectory import Budget, Comparison
-from turbo_lab.testbeds.postcards import NetSize, Postcards
-
-TINY = NetSize(layers=1, heads=1, head_width=16, text_width=16)
-
 
 # --- areas --------------------------------------------------------------------------------------
 
@@ -100,34 +96,13 @@ def test_crossed_bootstrap_wants_a_table(shape: tuple[int, ...]) -> None:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     """A bench with a teacher of seconds."""
-    whole = recipes.resolve("teacher", profile="smoke")
-    recipe = whole.model_copy(update={"net": TINY, "stages": whole.stages[:1]})
-    store = Store(cache=tmp_path_factory.mktemp("cache"))
-    artefact = training.trained(recipe, store=store)
-    net = training.load_net(recipe, artefact)
-    return Lab(
-        recipe=recipe, artefact=artefact, testbed=Postcards(net=net), store=store, device="cpu"
-    )
-
-
-def small(recipe: Recipe, teacher: Recipe) -> Recipe:
-    """The recipe of a student of the tiny teacher, two steps per stage."""
-    stages = tuple(stage.model_copy(update={"steps": 2}) for stage in recipe.stages)
-    adapter = AdapterSize(rank=2)
-    return recipe.model_copy(
-        update={"net": TINY, "teacher": teacher, "adapter": adapter, "stages": stages}
-    )
+    return small_lab(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
 def comparison(bench: Lab) -> Comparison:
     with pytest.MonkeyPatch.context() as patch:
-
-        def of(family: str, *, steps: int, profile: recipes.Profile, seed: int) -> Recipe:
-            found = student_recipe(family, steps=steps, profile="smoke", seed=seed)
-            return small(found, bench.recipe)
-
-        patch.setattr("turbo_lab.lab.student_recipe", of)
+        patch.setattr("turbo_lab.lab.student_recipe", partial(small_student, bench))
         budget = Budget(captions=6, seeds=2, steps=(2, 8))
         return trajectory.compare(bench, budget, seed=0)
 
@@ -191,10 +166,7 @@ def test_students_of_unknown_kind_or_steps_are_refused(bench: Lab) -> None:
 def test_the_explorer_draws_student_and_teacher(
     bench: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def of(family: str, *, steps: int, profile: recipes.Profile, seed: int) -> Recipe:
-        return small(student_recipe(family, steps=steps, profile="smoke", seed=seed), bench.recipe)
-
-    monkeypatch.setattr("turbo_lab.lab.student_recipe", of)
+    monkeypatch.setattr("turbo_lab.lab.student_recipe", partial(small_student, bench))
     monkeypatch.setattr(explore, "TEACHER_STEPS", 2)
     box = explore.student_explorer(bench, ("consistency", "continuous"))
     knobs, shown = box.children

@@ -20,9 +20,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+import numpy as np
+
 from turbo_lab.claims import Interval, wilson
 from turbo_lab.errors import BadInput
-from turbo_lab.lab import TEACHER_STEPS, Lab, Sampling, open_lab
+from turbo_lab.lab import TEACHER_STEPS, Lab, Samples, Sampling, open_lab
 from turbo_lab.store import Store
 
 CAPTIONS = 1000
@@ -121,6 +123,34 @@ def students() -> Iterator[Bar]:
     yield Bar(name="students.replay_error", value=max(errors), side="at most", limit=0.01)
 
 
+def dmd2_quality() -> Iterator[Bar]:
+    """DMD2 students at 4 steps, three trainings, against their teacher on the same captions."""
+    from turbo_lab import measure
+    from turbo_lab.claims import crossed_bootstrap
+    from turbo_lab.studies.students import draw_students
+
+    teacher = _teacher_samples()
+    fields = teacher.scenes.fields
+    drawn = draw_students(_lab(), [("dmd2", 4, k) for k in range(3)], captions=CAPTIONS)
+    reports = [measure.report(one.images, fields) for one in drawn.samples.values()]
+    theirs, moss = measure.report(teacher.images, fields), fields[:, 2] == 0
+    for name, metric, rows, limit in (
+        ("signs_read", "sign_read", fields[:, 2] >= 0, 0.95),
+        ("moss_energy", "band_energy", moss, 0.85),
+    ):
+        own = np.stack([r[metric][rows].float().numpy() for r in reports])
+        of = np.repeat(theirs[metric][rows].float().numpy()[None], len(own), axis=0)
+        ratio = crossed_bootstrap(own, of, statistic=lambda a, b: float(a.sum() / b.sum()))
+        yield Bar(
+            name=f"dmd2_4_steps.{name}",
+            value=ratio.value,
+            side="at least",
+            limit=limit,
+            unit="of the teacher's",
+            interval=ratio,
+        )
+
+
 def renderer_speed() -> Iterator[Bar]:
     """Postcards rendered per second, the best of five passes of 2,048."""
     from turbo_lab.postcards import draw_scenes, render
@@ -148,19 +178,40 @@ def oracles() -> Iterator[Bar]:
 
 
 def training_step() -> Iterator[Bar]:
-    """A consistency step with a guided teacher, as a multiple of its network passes alone."""
+    """Steps with a guided teacher, as multiples of their network passes alone.
+
+    A step of DMD2 is one of the student and all that its rivals take meanwhile.
+    """
     from turbo_lab.bench.steps import cases
     from turbo_lab.bench.train import measure
 
-    row = measure(cases("consistency"), repeats=16).rows[-1]
-    yield Bar(
-        name="bench.consistency_step",
-        value=row.to_passes.value,
-        side="at most",
-        limit=1.10,
-        unit="of its passes",
-        interval=row.to_passes,
-    )
+    for name, case in (("consistency", "consistency"), ("dmd2", "dmd2-2")):
+        row = measure(cases(case), repeats=16).rows[-1]
+        yield Bar(
+            name=f"bench.{name}_step",
+            value=row.to_passes.value,
+            side="at most",
+            limit=1.10,
+            unit="of its passes",
+            interval=row.to_passes,
+        )
+
+
+def shared_base() -> Iterator[Bar]:
+    """Memory of DMD2 on one shared base, where weights outweigh activations as at 20B."""
+    from turbo_lab.bench.sharing import LARGE, share, sized
+    from turbo_lab.bench.steps import cases
+
+    shares = share(sized(cases("dmd2-2")[-1], LARGE, 1))
+    for name, value in (("kept", shares.exact), ("peak", shares.peak)):
+        if value is not None:  # no peak is known on Windows
+            yield Bar(
+                name=f"bench.dmd2_memory_{name}",
+                value=value,
+                side="at most",
+                limit=0.45,
+                unit="of three copies",
+            )
 
 
 def import_time() -> Iterator[Bar]:
@@ -187,7 +238,9 @@ BARS: Mapping[str, Callable[[], Iterator[Bar]]] = MappingProxyType(
         "teacher.speed": teacher_speed,
         "teacher.quality": teacher_quality,
         "students": students,
+        "dmd2": dmd2_quality,
         "bench": training_step,
+        "bench.memory": shared_base,
     }
 )
 
@@ -218,14 +271,17 @@ def _lab() -> Lab:
 
 
 @cache
+def _teacher_samples() -> Samples:
+    what = f"{CAPTIONS} captions, {TEACHER_STEPS} guided steps"
+    return _lab().samples(Sampling(steps=TEACHER_STEPS, n=CAPTIONS), what)
+
+
+@cache
 def _teacher_table() -> dict[str, Interval]:
     from turbo_lab.quality import Yardstick
 
-    lab = _lab()
-    what = f"{CAPTIONS} captions, {TEACHER_STEPS} guided steps"
-    sampling = Sampling(steps=TEACHER_STEPS, n=CAPTIONS)
-    images, _, _ = lab.draw(sampling, what)
-    table = Yardstick().table(images, lab.testbed.prompts(CAPTIONS))
+    drawn = _teacher_samples()
+    table = Yardstick().table(drawn.images, drawn.scenes)
     return {r.metric: Interval(value=r.value, low=r.low, high=r.high) for r in table.itertuples()}
 
 

@@ -121,6 +121,7 @@ def crossed_bootstrap(
     statistic: Callable[..., float | np.ndarray] = np.mean,
     seed: int = 0,
     resamples: int = 1000,
+    centred: bool = False,
 ) -> Interval:
     """Percentile bootstrap over training seeds and images at once.
 
@@ -133,6 +134,7 @@ def crossed_bootstrap(
         statistic: takes the (resampled) arrays, returns one number.
         seed: of the resampling.
         resamples: how often.
+        centred: see `bootstrap`.
 
     Raises:
         BadInput: arrays that are not two-dimensional, empty or of different shapes.
@@ -147,8 +149,10 @@ def crossed_bootstrap(
         s = source.integers(0, len(rows[0]), len(rows[0]))
         n = source.integers(0, rows[0].shape[1], rows[0].shape[1])
         values.append(float(statistic(*(r[s][:, n] for r in rows))))
-    low, high = np.percentile(values, [2.5, 97.5])
-    return Interval(value=float(statistic(*rows)), low=float(low), high=float(high))
+    value = float(statistic(*rows))
+    moved = value - float(np.mean(values)) if centred else 0.0
+    low, high = np.percentile(values, [2.5, 97.5]) + moved
+    return Interval(value=value, low=float(low), high=float(high))
 
 
 def paired_difference(a: Rows, b: Rows, *, seed: int = 0) -> Interval:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -116,6 +117,93 @@ def student_explorer(lab: Lab, families: Sequence[str]) -> ipywidgets.Widget:
     draw()
     knobs = w.VBox([*controls.values(), *words.values()])
     return w.HBox([knobs, w.VBox([w.HBox(pictures), note])])
+
+
+KNOBS: Mapping[tuple[float, ...], str] = MappingProxyType(
+    {
+        (4, 2, 0.0, 4.0): "dmd2",
+        (8, 2, 0.0, 4.0): "dmd2",
+        (2, 2, 0.0, 4.0): "dmd2",
+        (2, 1, 0.0, 4.0): "dmd2-rivals-1",
+        (2, 5, 0.0, 4.0): "dmd2-rivals-5",
+        (2, 2, 0.5, 4.0): "dmd2-hellinger",
+        (2, 2, 1.0, 4.0): "dmd2-kl",
+        (2, 2, 0.0, 2.0): "dmd2-guidance-2",
+    }
+)
+"""Steps, updates of the fake, alpha and guidance of the DMD2 students that there are."""
+
+
+def dmd2_png(lab: Lab, caption: str, *, family: str, steps: int, noises: int, seed: int) -> bytes:
+    """Draw many noises of one caption with a DMD2 student, and its garment hues beside the truth.
+
+    Raises:
+        BadInput: a family or steps without a student, a negative seed, or a caption outside the
+            grammar.
+    """
+    from matplotlib.figure import Figure
+
+    from turbo_lab import figures, measure
+    from turbo_lab.postcards import HUE_MODES
+
+    student = lab.student(family, steps=steps)
+    tokens = caption_tokens([caption]).expand(noises, -1)
+    sampling = checked_sampling({**student.sampling(n=noises).model_dump(), "seed": seed})
+    images, _, _ = lab.draw_for(tokens, sampling, "", student)
+    shares = measure.hue_shares(measure.read(images).garment.mode)
+    with figures.style():
+        figure = Figure(figsize=(7, 3.2), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])
+        left.imshow(contact_sheet(images, columns=6, enlarge=3))
+        figures.bare(left)
+        names = [*HUE_MODES, "other"]
+        right.bar(names, shares, color=figures.ACCENT, label="these samples")
+        truth = [*measure.hue_truth().tolist(), 0.0]
+        right.plot(names, truth, "_", color=figures.INK, ms=18, mew=2, label="truth")
+        right.tick_params(axis="x", rotation=60)
+        right.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def dmd2_explorer(lab: Lab, *, noises: int = 24) -> ipywidgets.Widget:
+    """Controls for alpha, updates of the fake, guidance and steps beside a student's samples."""
+    import ipywidgets as w
+
+    def choices(k: int) -> list[float]:
+        return sorted({knobs[k] for knobs in KNOBS})
+
+    controls = {
+        "steps": w.SelectionSlider(options=choices(0), value=2, description="steps"),
+        "rivals": w.SelectionSlider(options=choices(1), value=2, description="fake updates"),
+        "alpha": w.SelectionSlider(options=choices(2), value=0.0, description="alpha"),
+        "guidance": w.SelectionSlider(options=choices(3), value=4.0, description="guidance"),
+        "seed": w.BoundedIntText(value=0, min=0, max=10**6, description="noise"),
+    }
+    words = _words()
+    picture, note = w.Image(format="png", width=700), w.Label()
+
+    def draw(_: object = None) -> None:
+        values = {name: box.value for name, box in controls.items()}
+        seed = values.pop("seed")
+        family = KNOBS.get(tuple(values.values()))
+        if family is None:
+            note.value = "No student was trained so: only one of the knobs was turned at a time."
+            return
+        try:
+            caption = str(Caption(**{name: box.value for name, box in words.items()}))
+            picture.value = dmd2_png(
+                lab, caption, family=family, steps=values["steps"], noises=noises, seed=seed
+            )
+            note.value = f"{caption} · {values['steps']} NFE"
+        except TurboLabError as error:
+            note.value = str(error)
+
+    for box in (*controls.values(), *words.values()):
+        box.observe(draw, names="value")
+    draw()
+    return w.HBox([w.VBox([*controls.values(), *words.values()]), w.VBox([picture, note])])
 
 
 def _words() -> dict[str, ipywidgets.Widget]:

@@ -58,6 +58,8 @@ class Sampling(BaseModel):
     """Explicit times, falling from 1, one per step; they take the place of steps and shift."""
     eta: float = Field(0.0, ge=0, le=1)
     n: int = Field(256, ge=1, le=100_000)
+    noises: int = Field(1, ge=1, le=10_000)
+    """Samples of each caption: n / noises captions, each that many times in a row."""
     stream: Stream = "eval"
     seed: int = Field(0, ge=0)
 
@@ -72,6 +74,8 @@ class Sampling(BaseModel):
     def _one_time_per_step(self) -> Sampling:
         if self.times and len(self.times) != self.steps:
             raise BadInput("times", self.times, f"give one per step, {self.steps} of them")
+        if self.n % self.noises:
+            raise BadInput("n", self.n, f"use a multiple of noises, {self.noises}")
         _ = self.grid  # refuses times that do not fall
         return self
 
@@ -96,11 +100,21 @@ class Student:
     eta: float
     artefact: Artefact
     field: VelocityField
+    times: tuple[float, ...] = ()
 
-    def sampling(self, *, n: int, seed: int = 0, stream: Stream = "eval") -> Sampling:
+    def sampling(
+        self, *, n: int, noises: int = 1, seed: int = 0, stream: Stream = "eval"
+    ) -> Sampling:
         """How this student is meant to be sampled: one network call per step."""
         return Sampling(
-            steps=self.steps, eta=self.eta, guidance_scale=1.0, n=n, seed=seed, stream=stream
+            steps=self.steps,
+            times=self.times,
+            eta=self.eta,
+            guidance_scale=1.0,
+            n=n,
+            noises=noises,
+            seed=seed,
+            stream=stream,
         )
 
 
@@ -148,7 +162,14 @@ class Lab:
             adapter.load_state_dict({k: v.float() for k, v in artefact.tensors().items()})
         field = frozen(Worn(host=host, name=name))
         eta = FAMILIES[family].eta
-        return Student(family=family, steps=steps, eta=eta, artefact=artefact, field=field)
+        return Student(
+            family=family,
+            steps=steps,
+            eta=eta,
+            artefact=artefact,
+            field=field,
+            times=recipe.times,
+        )
 
     def samples(
         self, sampling: Sampling, what: str = "", student: Student | None = None
@@ -176,18 +197,22 @@ class Lab:
         cost = artefact.json("cost.json")
         return Samples(
             images=artefact.tensors("images.safetensors")["images"],
-            scenes=self.testbed.prompts(sampling.n, sampling.stream),
+            scenes=self.scenes(sampling),
             nfe=cost["nfe"],
             seconds_per_image=cost["seconds_per_image"],
             key=artefact.key,
         )
 
+    def scenes(self, sampling: Sampling) -> Scenes:
+        """The scenes whose captions are sampled, one row per image."""
+        captions = self.testbed.prompts(sampling.n // sampling.noises, sampling.stream)
+        return captions[torch.arange(sampling.n) // sampling.noises]
+
     def draw(
         self, sampling: Sampling, what: str, student: Student | None = None
     ) -> tuple[Tensor, float, float]:
         """Draw samples now; return images ``[n, 3, 32, 32]``, NFE and seconds per image."""
-        scenes = self.testbed.prompts(sampling.n, sampling.stream)
-        return self.draw_for(scenes.tokens, sampling, what, student)
+        return self.draw_for(self.scenes(sampling).tokens, sampling, what, student)
 
     def draw_for(
         self, tokens: Tensor, sampling: Sampling, what: str = "", student: Student | None = None

@@ -22,6 +22,7 @@ from turbo_lab.measure.areas import AREAS, area_errors, area_masks
 from turbo_lab.measure.oracles import Reading
 from turbo_lab.progress import progress
 from turbo_lab.recipes import FAMILIES, Profile, resolve
+from turbo_lab.studies.students import draw_students
 
 NOTEBOOK = "02_blur_in_trajectory_distillation"
 TRAJECTORY = ("direct", "progressive", "consistency", "continuous")
@@ -157,18 +158,19 @@ def compare(
         steps: lab.samples(Sampling(steps=steps, n=budget.captions, seed=seed))
         for steps in budget.steps
     }
-    students, samples = {}, {}
-    wanted = list(product(TRAJECTORY, budget.steps, range(budget.seeds)))
-    with progress(len(wanted), "students") as tick:
-        for done, (family, steps, k) in enumerate(wanted, start=1):
-            student = lab.student(family, steps=steps, seed=k, profile=chosen)
-            name = f"{TITLES[family]}, {steps} steps, seed {k}"
-            students[family, steps, k] = student
-            sampling = student.sampling(n=budget.captions, seed=seed)
-            samples[family, steps, k] = lab.samples(sampling, name, student)
-            tick(done, name)
+    drawn = draw_students(
+        lab,
+        product(TRAJECTORY, budget.steps, range(budget.seeds)),
+        captions=budget.captions,
+        seed=seed,
+        profile=chosen,
+    )
     return Comparison(
-        budget=budget, teacher=teacher, naive=naive, students=students, samples=samples
+        budget=budget,
+        teacher=teacher,
+        naive=naive,
+        students=drawn.students,
+        samples=drawn.samples,
     )
 
 

@@ -1,0 +1,42 @@
+"""A laboratory of seconds: a tiny teacher, and students of two steps per stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from turbo_lab import recipes, training
+from turbo_lab.adapters import AdapterSize
+from turbo_lab.lab import Lab
+from turbo_lab.recipes import Recipe, student_recipe
+from turbo_lab.store import Store
+from turbo_lab.testbeds.postcards import NetSize, Postcards
+
+TINY = NetSize(layers=1, heads=1, head_width=16, text_width=16)
+
+
+def small_lab(folder: Path) -> Lab:
+    """A bench with a teacher of seconds."""
+    whole = recipes.resolve("teacher", profile="smoke")
+    recipe = whole.model_copy(update={"net": TINY, "stages": whole.stages[:1]})
+    store = Store(cache=folder)
+    artefact = training.trained(recipe, store=store)
+    net = training.load_net(recipe, artefact)
+    return Lab(
+        recipe=recipe, artefact=artefact, testbed=Postcards(net=net), store=store, device="cpu"
+    )
+
+
+def small(recipe: Recipe, teacher: Recipe) -> Recipe:
+    """The recipe of a student of the tiny teacher, two steps per stage."""
+    stages = tuple(stage.model_copy(update={"steps": 2}) for stage in recipe.stages)
+    adapter = AdapterSize(rank=2)
+    return recipe.model_copy(
+        update={"net": TINY, "teacher": teacher, "adapter": adapter, "stages": stages}
+    )
+
+
+def small_student(
+    lab: Lab, family: str, *, steps: int, profile: recipes.Profile, seed: int
+) -> Recipe:
+    """`student_recipe`, for the tiny teacher."""
+    return small(student_recipe(family, steps=steps, profile="smoke", seed=seed), lab.recipe)

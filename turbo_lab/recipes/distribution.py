@@ -1,0 +1,147 @@
+"""Students of notebook 03: distribution matching (DMD2) at 8, 4 and 2 steps, and its variants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
+
+from turbo_lab.errors import BadInput
+from turbo_lab.path import shift_time
+from turbo_lab.recipes.models import Family, Pairs, Profile, Rates, Recipe, Stage
+from turbo_lab.recipes.teacher import GUIDANCE
+from turbo_lab.recipes.trajectory import student
+
+Option = float | int | str | tuple[float, ...]
+
+DMD2_STEPS = (8, 4, 2)
+SHIFT = 2.5
+"""Timestep shift of the students' samplers; two steps are then at 1 and 0.7143, beside the 0.7155
+of the published 2-step schedule, which is used as it is."""
+SECOND = 0.7155
+CALLS = {"smoke": 2_000, "quick": 100_000, "paper": 1_500_000}
+"""Network calls that each student may spend: one per image and forward pass, three with a
+gradient; a guided velocity is two."""
+RIVAL_UPDATES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A 2-step student with one thing changed.
+
+    Args:
+        title: for tables and figures.
+        options: of the method, over those of the plain student.
+        guidance_scale: of the teacher.
+    """
+
+    title: str
+    options: Mapping[str, Option] = field(default_factory=dict)
+    guidance_scale: float = GUIDANCE
+
+
+def sampler_times(steps: int) -> tuple[float, ...]:
+    """Times of the students' sampler, falling from 1; the closing 0 is left out."""
+    if steps == 2:
+        return (1.0, SECOND)
+    return tuple(round(shift_time(1 - k / steps, SHIFT), 4) for k in range(steps))
+
+
+VARIANTS: Mapping[str, Variant] = MappingProxyType(
+    {
+        "second-0.5": Variant(title="second time 0.5", options={"times": (1.0, 0.5)}),
+        "second-0.6": Variant(title="second time 0.6", options={"times": (1.0, 0.6)}),
+        "second-0.8": Variant(title="second time 0.8", options={"times": (1.0, 0.8)}),
+        "guidance-2": Variant(title="guidance 2", guidance_scale=2.0),
+        "rivals-1": Variant(title="1 update of the fake", options={"rival_updates": 1}),
+        "rivals-5": Variant(title="5 updates of the fake", options={"rival_updates": 5}),
+        "forward": Variant(title="noised real data", options={"rollout": "forward"}),
+        "hellinger": Variant(
+            title="squared Hellinger (alpha 0.5)", options={"divergence": "alpha", "alpha": 0.5}
+        ),
+        "kl": Variant(title="forward KL (alpha 1)", options={"divergence": "alpha", "alpha": 1.0}),
+        "decoupled": Variant(title="decoupled guidance", options={"guidance_range": (0.3, 0.98)}),
+        "anchored": Variant(title="anchored first step", options={"anchor_weight": 0.1}),
+    }
+)
+"""What the 2-step student is compared with; each changes one thing."""
+
+
+def calls_per_round(steps: int, rival_updates: int) -> float:
+    """Network calls per sample in a round: one update of the fake, and its share of a student's.
+
+    The fake's turn samples the student (k forward passes without gradient to the drawn step k and
+    that step, (steps + 1) / 2 on average) and learns (3). The student's turn samples without
+    gradient to the drawn step ((steps - 1) / 2), takes it with one (3), and asks the guided
+    teacher (2) and the fake (1).
+    """
+    return (steps + 1) / 2 + 3 + ((steps - 1) / 2 + 6) / rival_updates
+
+
+def dmd2(profile: Profile, seed: int, *, steps: int, variant: str = "") -> Recipe:
+    """DMD2 from the teacher itself, without a warm start.
+
+    Args:
+        profile: smoke, quick or paper.
+        seed: of the training.
+        steps: of the student, one of `DMD2_STEPS`.
+        variant: a name of `VARIANTS`; empty for the plain student.
+    """
+    changed = VARIANTS[variant] if variant else Variant(title="")
+    options: dict[str, Option] = {
+        "times": sampler_times(steps),
+        "rival_updates": RIVAL_UPDATES,
+        **changed.options,
+    }
+    batch_size = {"smoke": 4, "quick": 16, "paper": 32}[profile]
+    rival_updates = int(str(options["rival_updates"]))
+    per_round = calls_per_round(steps, rival_updates) * batch_size
+    rounds = max(2 * rival_updates, int(CALLS[profile] / per_round))
+    weighed = "divergence" in options
+    stage = Stage(
+        method="dmd2",
+        options=options,
+        steps=rounds,
+        batch_size=batch_size,
+        rates={
+            "student": Rates(lr=1e-3, betas=(0.0, 0.999), warmup=10, final=0.1),
+            "fake": Rates(lr=2e-3, betas=(0.0, 0.999), warmup=10, final=0.1),
+            **({"critic": Rates(lr=1e-3, warmup=10, final=0.1)} if weighed else {}),
+        },
+        ema=0.99,
+        teacher="guided",
+        guidance_scale=changed.guidance_scale,
+        pairs=Pairs(n={"smoke": 8, "quick": 2048, "paper": 16_384}[profile], steps=32)
+        if weighed
+        else None,
+    )
+    name = f"dmd2-{steps}{'-' * bool(variant)}{variant}"
+    return student(name, seed, (stage,))
+
+
+def _family(steps: int, profile: Profile, seed: int, *, variant: str = "") -> Recipe:
+    have = (2,) if variant else DMD2_STEPS
+    if steps not in have:
+        raise BadInput("steps", steps, f"choose one of {', '.join(map(str, have))}")
+    return dmd2(profile, seed, steps=steps, variant=variant)
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "dmd2": Family(title="DMD2", eta=0.0, recipe=_family),
+        **{
+            f"dmd2-{name}": Family(
+                title=f"DMD2, {variant.title}", eta=0.0, recipe=partial(_family, variant=name)
+            )
+            for name, variant in VARIANTS.items()
+        },
+    }
+)
+
+RECIPES: Mapping[str, Callable[[Profile, int], Recipe]] = MappingProxyType(
+    {
+        **{f"dmd2-{steps}": partial(dmd2, steps=steps) for steps in DMD2_STEPS},
+        **{f"dmd2-2-{name}": partial(dmd2, steps=2, variant=name) for name in VARIANTS},
+    }
+)

@@ -1,0 +1,138 @@
+"""What a recipe is: a frozen, validated list of stages and everything a training depends on.
+
+Each stage becomes an artefact of its own, whose key is the hash of the recipe up to that stage:
+change a number and it is another artefact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from turbo_lab.adapters import AdapterSize
+from turbo_lab.errors import BadInput
+from turbo_lab.fit import Optimiser
+from turbo_lab.methods import METHODS
+from turbo_lab.testbeds.postcards import NetSize
+
+Profile = Literal["smoke", "quick", "paper"]
+
+WORLD = 1
+"""Version of the postcards' renderer and streams; raised when a picture changes meaning."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Rates(_Frozen):
+    """Optimiser of one player, see `turbo_lab.fit.Optimiser`."""
+
+    lr: float = Field(gt=0, le=1)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup: int = Field(0, ge=0)
+    final: float = Field(1.0, ge=0, le=1)
+    clip: float = Field(1.0, gt=0)
+
+    def optimiser(self) -> Optimiser:
+        """The optimiser `fit` understands."""
+        return Optimiser(**self.model_dump())
+
+
+class Pairs(_Frozen):
+    """Data drawn from the guided teacher: noise, and where Euler steps from it end."""
+
+    n: int = Field(ge=1, le=1_000_000)
+    steps: int = Field(ge=1, le=1000)
+
+
+class Stage(_Frozen):
+    """One method, its options and its budget.
+
+    ``teacher`` is the guided teacher or the student of the stage before; ``pairs`` replaces real
+    postcards by the teacher's samples. What is None is left out of the key.
+    """
+
+    method: str
+    options: Mapping[str, float | int | str | tuple[float, ...]] = Field(default_factory=dict)
+    steps: int = Field(ge=1)
+    batch_size: int = Field(64, ge=1)
+    rates: Mapping[str, Rates]
+    ema: float = Field(0.999, ge=0, lt=1)
+    sign_grid: int = Field(1, ge=1, le=4)
+    posters: float = Field(0.0, ge=0, le=1)
+    version: int = Field(1, ge=1)
+    teacher: Literal["guided", "before"] | None = None
+    guidance_scale: float | None = Field(None, ge=0, le=20)
+    pairs: Pairs | None = None
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, method: str) -> str:
+        if method not in METHODS:
+            raise BadInput("method", method, f"choose one of {', '.join(METHODS)}")
+        return method
+
+
+class Recipe(_Frozen):
+    """A named list of stages on a testbed.
+
+    A student has a ``teacher``, the recipe of the network it starts from, and is an ``adapter``
+    on it.
+    """
+
+    name: str
+    testbed: Literal["postcards"] = "postcards"
+    world: int = WORLD
+    net: NetSize = NetSize()
+    seed: int = Field(0, ge=0)
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    teacher: Recipe | None = None
+    adapter: AdapterSize | None = None
+
+    @property
+    def artefact(self) -> str:
+        """Name of the artefact in the store."""
+        return f"{self.testbed}/{self.name}"
+
+    @property
+    def before(self) -> Recipe | None:
+        """The recipe without its last stage: what that stage starts from, if anything."""
+        kept = self.stages[:-1]
+        return self.model_copy(update={"stages": kept}) if kept else None
+
+    def spec(self) -> dict[str, Any]:
+        """What the key of the artefact is made of."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """Times that the student is trained to be sampled at; empty for any grid."""
+        times = self.stages[-1].options.get("times", ())
+        assert isinstance(times, tuple)
+        return times
+
+    @property
+    def samples_seen(self) -> int:
+        """Training samples used in all stages, and in those of the teacher."""
+        own = sum(stage.steps * stage.batch_size for stage in self.stages)
+        return own + (self.teacher.samples_seen if self.teacher else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How a method's students are reached and sampled.
+
+    Args:
+        title: for tables and figures.
+        eta: of the sampler: 0 is Euler, 1 predicts and renoises.
+        recipe: ``(steps, profile, seed)`` to the recipe of the student for that many steps.
+    """
+
+    title: str
+    eta: float
+    recipe: Callable[[int, Profile, int], Recipe]

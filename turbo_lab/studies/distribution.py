@@ -1,0 +1,466 @@
+"""Notebook 03: what distribution matching repairs at few steps, and what it breaks at two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from turbo_lab import claims as cl
+from turbo_lab import measure
+from turbo_lab.claims import Claim, Interval
+from turbo_lab.lab import Lab, Samples, Sampling
+from turbo_lab.measure.views import chroma
+from turbo_lab.progress import progress
+from turbo_lab.recipes import FAMILIES, Profile, Recipe, student_recipe
+from turbo_lab.recipes.distribution import DMD2_STEPS, VARIANTS
+from turbo_lab.recipes.trajectory import FAMILIES as TRAJECTORY
+from turbo_lab.studies.students import Drawn, Key, draw_students
+from turbo_lab.training import history
+
+NOTEBOOK = "03_dmd2_and_mode_collapse"
+SOURCE = "account of the 2-step Qwen-Image-2512 LoRA by its authors, January 2026"
+TITLES = {
+    "dmd2": FAMILIES["dmd2"].title,
+    **{name: family.title for name, family in TRAJECTORY.items()},
+    "teacher": "teacher, 40 steps",
+}
+FEW = 2
+RATES = {"sign_read": "signs read", "whole_body": "whole bodies", "ghost_signs": "ghost signs"}
+MEANS = {
+    "saturation": "mean saturation",
+    "clipped": "clipped share",
+    "contrast": "contrast",
+    "moss_energy": "moss: band energy",
+}
+DISTRIBUTIONS = {
+    "hue_kl": "hue KL to truth (nats)",
+    "chroma_w1": "chroma distance to real",
+}
+RELATIVE = {
+    "high_frequency_share": "high-frequency share / teacher",
+    "diversity": "same-caption distance / teacher",
+}
+METRICS = {**RATES, **RELATIVE, **DISTRIBUTIONS, **MEANS}
+BINS = 64
+"""Of the chroma histograms, over [0, 1]."""
+REAL = 512
+"""Real postcards behind the chroma reference."""
+
+Sampler = tuple[str, int]
+"""Family and steps; the teacher has 40."""
+TEACHER: Sampler = ("teacher", 40)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How much a profile measures; the code is the same."""
+
+    captions: int
+    seeds: int
+    steps: tuple[int, ...] = DMD2_STEPS
+    prompts: int = 6
+    noises: int = 24
+    variants: tuple[str, ...] = tuple(VARIANTS)
+
+
+BUDGETS: Mapping[str, Budget] = MappingProxyType(
+    {
+        "smoke": Budget(
+            captions=6, seeds=1, steps=(4, 2), prompts=2, noises=4, variants=("second-0.5",)
+        ),
+        "quick": Budget(captions=128, seeds=3),
+        "paper": Budget(captions=512, seeds=6, prompts=16),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One sampler: per-image values ``[seeds, images]``, and of each caption's own samples.
+
+    ``cdf`` is the cumulative chroma histogram of each image ``[seeds, images, bins]``;
+    ``diversity`` is ``[seeds, prompts]`` and ``prompt_modes`` the hue modes of the same samples.
+    """
+
+    values: Mapping[str, np.ndarray]
+    cdf: np.ndarray
+    diversity: np.ndarray
+    prompt_modes: np.ndarray
+
+    @property
+    def hue_mode(self) -> np.ndarray:
+        """Hue mode of each image, -1 off every mode."""
+        return self.values["hue_mode"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The teacher and the students on the same captions and noise, and many noises of a few."""
+
+    lab: Lab
+    budget: Budget
+    teacher: Samples
+    teacher_prompts: Samples
+    drawn: Drawn
+    prompts: Drawn
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Artefact keys of the students and of all samples."""
+        own = (self.teacher.key, self.teacher_prompts.key)
+        return tuple(dict.fromkeys((*self.drawn.keys, *self.prompts.keys, *own)))
+
+    @cached_property
+    def samplers(self) -> tuple[Sampler, ...]:
+        """Every family and number of steps, the teacher first."""
+        return (TEACHER, *sorted({(f, n) for f, n, _ in self.drawn.samples}))
+
+    @cached_property
+    def measured(self) -> dict[Sampler, Measured]:
+        """Everything measured, by sampler."""
+        out = {}
+        with progress(len(self.samplers), "reading the pictures") as tick:
+            for done, sampler in enumerate(self.samplers, start=1):
+                out[sampler] = _measure(
+                    images_of(self, sampler),
+                    images_of(self, sampler, prompts=True),
+                    self.teacher.scenes.fields,
+                    self.budget.noises,
+                )
+                tick(done, TITLES.get(sampler[0], sampler[0]))
+        return out
+
+    @cached_property
+    def real_cdf(self) -> np.ndarray:
+        """Cumulative chroma histogram of real postcards ``[bins]``."""
+        return chroma_cdf(self.lab.testbed.real(REAL)).mean(0)
+
+
+def images_of(comparison: Comparison, sampler: Sampler, *, prompts: bool = False) -> list[Tensor]:
+    """Images of a sampler, one tensor ``[n, 3, 32, 32]`` per training.
+
+    Args:
+        comparison: of all samplers.
+        sampler: family and steps.
+        prompts: many noises of a few captions instead of one noise of many; empty for samplers
+            of which these were not drawn.
+    """
+    if sampler == TEACHER:
+        own = comparison.teacher_prompts if prompts else comparison.teacher
+        return [own.images]
+    drawn = comparison.prompts if prompts else comparison.drawn
+    found = {k: s.images for (f, n, k), s in drawn.samples.items() if (f, n) == sampler}
+    return [found[k] for k in sorted(found)]
+
+
+def _measure(
+    images: Sequence[Tensor], prompts: Sequence[Tensor], fields: Tensor, noises: int
+) -> Measured:
+    reports = [measure.report(one, fields) for one in images]
+    wanted = ("saturation", "clipped", "contrast", "high_frequency_share", "hue_mode", *RATES)
+    values = {m: _stack([r[m] for r in reports]) for m in wanted}
+    moss = (fields[:, 2] == 0).numpy()
+    energy = _stack([r["band_energy"] for r in reports])
+    values["moss_energy"] = np.where(moss, energy, np.nan)
+    grids = [one.unflatten(0, (-1, noises)) for one in prompts]
+    modes = [measure.read(one).garment.mode.unflatten(0, (-1, noises)) for one in prompts]
+    return Measured(
+        values=values,
+        cdf=np.stack([chroma_cdf(one) for one in images]),
+        diversity=_stack([measure.pairwise_distance(g) for g in grids]) if grids else np.empty(0),
+        prompt_modes=_stack(modes) if modes else np.empty(0),
+    )
+
+
+def chroma_cdf(images: Tensor) -> np.ndarray:
+    """Cumulative histogram of each image's pixel chroma ``[B, bins]``."""
+    pixels = chroma(images).flatten(1).clamp(0, 1)
+    rows = torch.stack([torch.histc(row, BINS, 0.0, 1.0) for row in pixels])
+    return (rows.cumsum(1) / pixels.shape[1]).numpy()
+
+
+def compare(
+    lab: Lab, budget: Budget, *, seed: int, profile: Profile = "quick", fresh: bool = False
+) -> Comparison:
+    """Sample the teacher, notebook 02's students and the DMD2 students.
+
+    Args:
+        lab: with the teacher.
+        budget: how much is measured.
+        seed: of the noise.
+        profile: with ``fresh``, the budget that students are trained by; otherwise the shipped
+            students (those of ``quick``) serve every profile.
+        fresh: train the DMD2 students again.
+    """
+    chosen = profile if fresh else "quick"
+    plain: list[Key] = list(product(("dmd2",), budget.steps, range(budget.seeds)))
+    variants: list[Key] = [(f"dmd2-{name}", FEW, 0) for name in budget.variants]
+    if fresh:
+        for family, steps, k in (*plain, *variants):
+            recipe = student_recipe(family, steps=steps, profile=profile, seed=k)
+            lab.trained(recipe, fresh=True)
+    older = list(product(TRAJECTORY, budget.steps, range(budget.seeds)))
+    teacher = Sampling(n=budget.captions, seed=seed)
+    many = {"n": budget.prompts * budget.noises, "noises": budget.noises}
+    return Comparison(
+        lab=lab,
+        budget=budget,
+        teacher=lab.samples(teacher, "teacher, 40 steps"),
+        teacher_prompts=lab.samples(
+            teacher.model_copy(update=many), "teacher, many noises of a caption"
+        ),
+        drawn=draw_students(
+            lab, [*plain, *variants, *older], captions=budget.captions, seed=seed, profile=chosen
+        ),
+        prompts=draw_students(
+            lab,
+            [*plain, *variants],
+            captions=budget.prompts,
+            noises=budget.noises,
+            seed=seed,
+            profile=chosen,
+        ),
+    )
+
+
+# --- statistics ---------------------------------------------------------------------------------
+
+
+def hue_kl(modes: np.ndarray) -> float:
+    """Hue KL to truth of each training ``[seeds, images]``, averaged over trainings.
+
+    Trainings are not pooled: two that collapsed to different modes are two collapses.
+    """
+    return float(np.mean([measure.hue_kl(torch.from_numpy(row).long()) for row in modes]))
+
+
+def _w1(comparison: Comparison, sampler: Sampler) -> Callable[[np.ndarray], float]:
+    """Chroma distance to real of the images whose flat indices are given."""
+    cdf = comparison.measured[sampler].cdf
+    flat, real = cdf.reshape(-1, cdf.shape[-1]), comparison.real_cdf
+    return lambda at: float(np.abs(flat[at.astype(int).ravel()].mean(0) - real).mean())
+
+
+def _indices(found: Measured) -> np.ndarray:
+    return np.arange(found.hue_mode.size).reshape(found.hue_mode.shape)
+
+
+def _like(teacher: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The teacher's values, one row per training of the student."""
+    return np.repeat(teacher, len(rows), axis=0)
+
+
+def _ratio(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.nansum(a) / max(np.nansum(b), 1e-12))
+
+
+def _mean(a: np.ndarray) -> float:
+    return float(np.nanmean(a))
+
+
+def intervals(comparison: Comparison, sampler: Sampler) -> dict[str, Interval]:
+    """Every metric of a sampler, with intervals over trainings and images."""
+    found, teacher = comparison.measured[sampler], comparison.measured[TEACHER]
+    name = "high_frequency_share"
+    out = {m: cl.crossed_bootstrap(found.values[m], statistic=_mean) for m in (*RATES, *MEANS)}
+    pair = found.values[name], _like(teacher.values[name], found.values[name])
+    out[name] = cl.crossed_bootstrap(*pair, statistic=_ratio)
+    if found.diversity.size:
+        pair = found.diversity, _like(teacher.diversity, found.diversity)
+        out["diversity"] = cl.crossed_bootstrap(*pair, statistic=_ratio)
+    out["hue_kl"] = _distance(found.hue_mode, hue_kl)
+    out["chroma_w1"] = _distance(_indices(found), _w1(comparison, sampler))
+    return out
+
+
+def _distance(rows: np.ndarray, statistic: Callable[[np.ndarray], float]) -> Interval:
+    return cl.crossed_bootstrap(rows, statistic=statistic, resamples=300, centred=True)
+
+
+def table(comparison: Comparison) -> pd.DataFrame:
+    """Every metric of every sampler; long form ``family, steps, metric, value, low, high``."""
+    rows = []
+    with progress(len(comparison.samplers), "intervals") as tick:
+        for done, (family, steps) in enumerate(comparison.samplers, start=1):
+            for metric, interval in intervals(comparison, (family, steps)).items():
+                at = np.nan if family == "teacher" else steps
+                rows.append({"family": family, "steps": at, "metric": metric, **vars(interval)})
+            tick(done, "")
+    return pd.DataFrame(rows)
+
+
+def wide(rows: pd.DataFrame, families: Mapping[str, str], metrics: Sequence[str]) -> pd.DataFrame:
+    """One row per family and steps, one column per metric, as ``value [low, high]``."""
+    shown = rows[rows["metric"].isin(metrics) & rows["family"].isin(families)].copy()
+    shown["text"] = [f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in shown.itertuples()]
+    shown["steps"] = shown["steps"].fillna(TEACHER[1]).astype(int)
+    shown["student"] = [families[f] for f in shown["family"]]
+    pivot = shown.pivot(index=["student", "steps"], columns="metric", values="text")
+    return pivot[list(metrics)].rename(columns=METRICS)
+
+
+def variant_titles(comparison: Comparison) -> dict[str, str]:
+    """Families of the 2-step students, plain and changed, and their titles."""
+    changed = {f"dmd2-{name}": VARIANTS[name].title for name in comparison.budget.variants}
+    return {"teacher": TITLES["teacher"], "dmd2": "DMD2", **changed}
+
+
+def curves(comparison: Comparison, families: Mapping[str, str]) -> pd.DataFrame:
+    """Training history of the first training of 2-step students.
+
+    Columns ``student``, ``calls`` (network calls per sample so far), ``term``, ``value``.
+    """
+    rows = []
+    for family, title in families.items():
+        recipe = student_recipe(family, steps=FEW)
+        found = comparison.lab.trained(recipe)
+        per_round = _calls_per_round(recipe)
+        for line in history(found):
+            for term, value in line["terms"].items():
+                at = line["step"] * per_round
+                rows.append({"student": title, "calls": at, "term": term, "value": value})
+    return pd.DataFrame(rows)
+
+
+def _calls_per_round(recipe: Recipe) -> float:
+    from turbo_lab.recipes.distribution import calls_per_round
+
+    options = recipe.stages[-1].options
+    return calls_per_round(len(recipe.times), int(str(options["rival_updates"])))
+
+
+def training_cost(comparison: Comparison) -> pd.DataFrame:
+    """What training each DMD2 student took: students, seconds, megabytes."""
+    groups: dict[str, list[Any]] = {}
+    for (family, steps, _), student in comparison.drawn.students.items():
+        if family.startswith("dmd2"):
+            groups.setdefault(f"{FAMILIES[family].title}, {steps} steps", []).append(
+                student.artefact
+            )
+    rows = [
+        {
+            "student": name,
+            "trainings": len(found),
+            "seconds each": round(sum(a.card.get("seconds", 0.0) for a in found) / len(found)),
+            "MB each": found[0].file("weights.safetensors").stat().st_size / 1e6,
+        }
+        for name, found in groups.items()
+    ]
+    return pd.DataFrame(rows).set_index("student").round(2)
+
+
+# --- claims -------------------------------------------------------------------------------------
+
+
+def claims(comparison: Comparison, *, profile: str) -> list[Claim]:
+    """C2 at 4 and 8 steps, and C3 at 2, part by part."""
+    repaired = [n for n in comparison.budget.steps if n > FEW]
+    made = [one for n in sorted(repaired) for one in _repairs(comparison, n)]
+    made += _breaks(comparison)
+    common: dict[str, Any] = {
+        "notebook": NOTEBOOK,
+        "source": SOURCE,
+        "seeds": comparison.budget.seeds,
+        "samples": comparison.budget.captions,
+        "profile": profile,
+        "artefact_keys": comparison.keys,
+    }
+    return [Claim(**one, **common) for one in made]
+
+
+def _repairs(comparison: Comparison, steps: int) -> list[dict[str, Any]]:
+    """C2: details come back, against the best trajectory student of as many calls."""
+    own, teacher = comparison.measured["dmd2", steps], comparison.measured[TEACHER]
+    others = [comparison.measured[f, steps] for f in TRAJECTORY]
+    share = "high_frequency_share"
+    sharp = own.values[share], _like(teacher.values[share], own.values[share])
+    read = own.values["sign_read"], _like(teacher.values["sign_read"], own.values["sign_read"])
+
+    def beats(metric: str) -> Interval:
+        rows = [own.values[metric] - other.values[metric] for other in others]
+        return cl.crossed_bootstrap(*rows, statistic=lambda *of: min(float(d.mean()) for d in of))
+
+    return [
+        _row(f"C2-read-{steps}", f"DMD2 at {steps} steps reads more signs than any trajectory "
+             "student", "signs read, minus the best of 4 methods", beats("sign_read"), "above", 0),
+        _row(f"C2-sharp-{steps}", f"DMD2 at {steps} steps is sharper than any trajectory student",
+             "high-frequency share, minus the largest of 4 methods", beats(share), "above", 0),
+        _row(f"C2-teacher-read-{steps}", f"DMD2 at {steps} steps reads nearly as many signs as "
+             "its teacher", "signs read, of the teacher's",
+             cl.crossed_bootstrap(*read, statistic=_ratio), "above", 0.95),
+        _row(f"C2-teacher-sharp-{steps}", f"DMD2 at {steps} steps is not blurred",
+             "high-frequency share, of the teacher's",
+             cl.crossed_bootstrap(*sharp, statistic=_ratio), "above", 0.9),
+    ]  # fmt: skip
+
+
+def _breaks(comparison: Comparison) -> list[dict[str, Any]]:
+    """C3: at two steps, against the teacher on the same captions and noise."""
+    own, teacher = comparison.measured["dmd2", FEW], comparison.measured[TEACHER]
+
+    def more(metric: str) -> Interval:
+        rows = own.values[metric]
+        return cl.crossed_bootstrap(rows - _like(teacher.values[metric], rows))
+
+    modes = own.hue_mode, _like(teacher.hue_mode, own.hue_mode)
+    hue = cl.crossed_bootstrap(*modes, statistic=lambda a, b: hue_kl(a) - hue_kl(b), resamples=300)
+    distance = own.diversity, _like(teacher.diversity, own.diversity)
+    w1, w1_teacher = _w1(comparison, ("dmd2", FEW)), _w1(comparison, TEACHER)
+    at, n = _indices(own), own.hue_mode.shape[1]
+    chroma_gap = cl.crossed_bootstrap(
+        at, statistic=lambda i: w1(i) - w1_teacher(i % n), resamples=300
+    )
+    few = f"at {FEW} steps DMD2"
+    return [
+        _row("C3-hue", f"{few} forgets garment hues", "hue KL to truth, minus the teacher's",
+             hue, "above", 0),
+        _row("C3-diversity", f"{few} draws one caption more alike", "distance between samples of "
+             "one caption, of the teacher's", cl.crossed_bootstrap(*distance, statistic=_ratio),
+             "below", 1),
+        _row("C3-saturation", f"{few} over-saturates", "mean saturation, minus the teacher's",
+             more("saturation"), "above", 0),
+        _row("C3-chroma", f"{few} leaves the real chroma distribution",
+             "chroma distance to real, minus the teacher's", chroma_gap, "above", 0),
+        _row("C3-clipped", f"{few} clips more pixels", "clipped share, minus the teacher's",
+             more("clipped"), "above", 0),
+        _row("C3-sharp", f"{few} over-sharpens", "high-frequency share, minus the teacher's",
+             more("high_frequency_share"), "above", 0),
+        _row("C3-bodies", f"{few} breaks bodies", "whole bodies, minus the teacher's",
+             more("whole_body"), "below", 0),
+    ]  # fmt: skip
+
+
+def _row(
+    id_: str,
+    statement: str,
+    statistic: str,
+    interval: Interval,
+    side: Literal["above", "below"],
+    threshold: float,
+) -> dict[str, Any]:
+    return {
+        "id": id_,
+        "statement": statement,
+        "statistic": statistic,
+        "interval": interval,
+        "side": side,
+        "threshold": float(threshold),
+    }
+
+
+def scaled(budget: Budget, captions: int) -> Budget:
+    """The budget with another number of captions; 0 keeps its own."""
+    return replace(budget, captions=captions) if captions else budget
+
+
+def _stack(rows: Sequence[Tensor]) -> np.ndarray:
+    return torch.stack([row.float() for row in rows]).numpy()
