@@ -211,6 +211,9 @@ def test_bad_numbers_are_named_before_anything_runs(wrong: dict[str, int], name:
         next(fit(Regression(student=net()), gaussian_batches, **{**base, **wrong}))
     with pytest.raises(BadInput, match="needs one"):
         next(fit(Regression(student=net()), gaussian_batches, **{**base, "optimisers": {}}))
+    nobody = {"student": OPTIMISER, "critic": OPTIMISER}
+    with pytest.raises(BadInput, match=r"optimisers='critic'.*players are student"):
+        next(fit(Regression(student=net()), gaussian_batches, **{**base, "optimisers": nobody}))
 
 
 WORKER = """

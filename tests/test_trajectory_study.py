@@ -80,6 +80,12 @@ def test_crossed_bootstrap_knows_what_varies() -> None:
     only_seeds = crossed_bootstrap(seeds)
     wide = 2 * 1.96 * seeds[:, 0].std() / 6**0.5
     assert only_seeds.high - only_seeds.low == pytest.approx(wide, rel=0.3)
+    spread = source.standard_normal((3, 40))
+    plain, moved = (
+        crossed_bootstrap(spread, statistic=lambda x: abs(x.mean()), centred=c)
+        for c in (False, True)
+    )
+    assert moved.low < moved.value == plain.value and moved.high < plain.high  # |mean| grows
     same = crossed_bootstrap(np.full((3, 10), 2.0))
     assert (same.low, same.value, same.high) == (2.0, 2.0, 2.0)
 

@@ -8,10 +8,12 @@ network it is worn on.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -19,13 +21,14 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from pydantic import Field as Limits
 from torch import Tensor
 
-from turbo_lab.atomic import save_tensors
+from turbo_lab.atomic import atomic_write_text, save_tensors
 from turbo_lab.errors import BadInput, MissingPiece
 from turbo_lab.field import NULL_LABEL, Field, frozen
-from turbo_lab.fit import Batch, Shadow, fit
+from turbo_lab.fit import Batch, Player, Record, Shadow, fit
 from turbo_lab.methods.kinds import heun
-from turbo_lab.path import time_grid
-from turbo_lab.recipes import CHAIN, DIRECT_STEPS, FAMILIES, Pairs, Profile, Rates, Stage
+from turbo_lab.path import grid_from_times, time_grid
+from turbo_lab.recipes import Pairs, Profile, Rates, Stage
+from turbo_lab.recipes.trajectory import CHAIN, DIRECT_STEPS
 from turbo_lab.sample import draw_samples
 from turbo_lab.store import Artefact, Store
 from turbo_lab.streams import Draw, seed_for
@@ -54,6 +57,22 @@ eight became 57% and 24%; a rate that ends at 1% and not at 10% of its peak, use
 then gave 42% and 22%. The shipped seeds average
 73% and 44%, an earlier run of them 61% and 23%: far from converged, and not stable."""
 BATCH: Mapping[Profile, int] = {"smoke": 32, "quick": 128, "paper": 256}
+TRAJECTORY = ("direct", "progressive", "consistency", "continuous")
+"""The families of `student_recipe`: methods that follow the teacher's paths."""
+
+RIVAL_WIDTH = 64
+"""Width of the networks of distribution matching: 28 kB each, since many are shipped."""
+RIVAL_CALLS: Mapping[Profile, int] = {"smoke": 5_000, "quick": 2_000_000, "paper": 16_000_000}
+"""Network calls that each DMD2 student and its fake may spend together, see `rival_calls`."""
+RIVAL_ETA = 0.0
+"""Of the sampler of DMD2 students: Euler steps, as on postcards."""
+RIVAL_BATCH: Mapping[Profile, int] = {"smoke": 32, "quick": 256, "paper": 512}
+MARKS = (1 / 32, 1 / 8, 1 / 4, 1 / 2, 1)
+"""Shares of a training with a rival after which a cloud of samples is kept."""
+CLOUD = 1024
+"""Samples in such a cloud."""
+BINS = 32
+"""Parts of such a training over which its records are averaged."""
 
 
 class PointRecipe(BaseModel):
@@ -107,14 +126,16 @@ class PointRecipe(BaseModel):
 # --- the recipes --------------------------------------------------------------------------------
 
 
-def base_recipe(profile: Profile = "quick", *, seed: int = 0, world: str = "ring8") -> PointRecipe:
-    """A network fitted to the exact velocity.
+def base_recipe(
+    profile: Profile = "quick", *, seed: int = 0, world: str = "ring8", width: int = 128
+) -> PointRecipe:
+    """A network fitted to the exact velocity; a narrower one in fewer steps.
 
     Progressive distillation with as many steps as its teacher regresses on the velocity itself:
     the chord of one Euler step. Flow matching has the same optimum, but its target z - x scatters
     around the velocity, and a small budget would go into averaging that away.
     """
-    steps = {"smoke": 8, "quick": 3_000, "paper": 12_000}[profile]
+    steps = {"smoke": 8, "quick": 3_000, "paper": 12_000}[profile] * width // 128
     stage = Stage(
         method="progressive",
         options={"steps": BASE_GRID, "teacher_steps": BASE_GRID},
@@ -124,7 +145,7 @@ def base_recipe(profile: Profile = "quick", *, seed: int = 0, world: str = "ring
         ema=0.99,
         teacher="guided",
     )
-    return PointRecipe(name="base", world=world, seed=seed, stages=(stage,))
+    return PointRecipe(name="base", world=world, width=width, seed=seed, stages=(stage,))
 
 
 def student_recipe(
@@ -223,7 +244,58 @@ _STAGES: Mapping[str, Callable[[int, Profile], tuple[Stage, ...]]] = {
     "consistency": _consistency,
     "continuous": _continuous,
 }
-assert _STAGES.keys() == FAMILIES.keys()
+assert tuple(_STAGES) == TRAJECTORY
+
+
+def rival_recipe(
+    *,
+    steps: int,
+    profile: Profile = "quick",
+    seed: int = 0,
+    world: str = "ring8",
+    options: Mapping[str, float | int | str | tuple[float, ...]] = MappingProxyType({}),
+) -> PointRecipe:
+    """Return the recipe of a DMD2 student: it and its fake start as one base, the teacher is exact.
+
+    All have the same network calls to spend, so a student that waits longer for its fake moves
+    less often.
+
+    Args:
+        steps: of the student, evenly spaced in time.
+        profile: smoke, quick or paper.
+        seed: of the training.
+        world: the mixture.
+        options: of `turbo_lab.methods.DMD2`, over those written here.
+    """
+    times = tuple(time_grid(steps)[:-1].tolist())
+    chosen = {"times": times, "eta": RIVAL_ETA, "rival_updates": 5, **options}
+    calls = rival_calls(steps, int(str(chosen["rival_updates"])), str(chosen.get("rollout", "")))
+    rounds = max(4, int(RIVAL_CALLS[profile] / (calls * RIVAL_BATCH[profile])))
+    rates = {"weight_decay": 0.0, "warmup": min(20, rounds), "final": 0.05}
+    stage = Stage(
+        method="dmd2",
+        options=chosen,
+        steps=rounds,
+        batch_size=RIVAL_BATCH[profile],
+        rates={"student": Rates(lr=1e-3, **rates), "fake": Rates(lr=2e-3, **rates)},
+        ema=0.99,
+        teacher="guided",
+    )
+    base = base_recipe(profile, world=world, width=RIVAL_WIDTH)
+    return PointRecipe(
+        name=f"dmd2-{steps}", world=world, width=RIVAL_WIDTH, seed=seed, stages=(stage,), base=base
+    )
+
+
+def rival_calls(steps: int, rival_updates: int, rollout: str) -> float:
+    """Network calls per sample in a round of DMD2, the exact teacher's too, three with a gradient.
+
+    The fake's turn takes the student's steps to the drawn one, and learns (3). The student's turn
+    takes the steps before the drawn one, that one with a gradient (3), and asks teacher and fake.
+    Noised real data take no steps before the drawn one.
+    """
+    before = 0 if rollout == "forward" else (steps - 1) / 2
+    return before + 1 + 3 + (before + 3 + 2) / rival_updates
 
 
 # --- training -----------------------------------------------------------------------------------
@@ -279,10 +351,15 @@ def workbench(recipe: PointRecipe, store: Store) -> Workbench:
         pieces["teacher"] = frozen(points(recipe.world).teacher)
     elif stage.teacher == "before":
         pieces["teacher"] = frozen(copy.deepcopy(student))
+    rivals: dict[str, Player] = {}
+    if "fake" in stage.rates:
+        rivals["fake"] = pieces["fake"] = copy.deepcopy(student)
     batches = partial(_real, recipe.world)
     if stage.pairs is not None:
         batches = partial(_paired, *exact_pairs(recipe.world, stage.pairs, store=store))
-    return Workbench(student=student, average=average, pieces=pieces, batches=batches)
+    return Workbench(
+        student=student, average=average, pieces=pieces, batches=batches, rivals=rivals
+    )
 
 
 def _make(recipe: PointRecipe, store: Store, folder: Path) -> None:
@@ -296,10 +373,39 @@ def _make(recipe: PointRecipe, store: Store, folder: Path) -> None:
         optimisers={name: rates.optimiser() for name, rates in stage.rates.items()},
         shadows=(Shadow(of="student", average=bench.average, decay=stage.ema),),
     )
+    if bench.rivals:
+        _watched(records, stage, bench.average, folder)
     for _ in records:
         pass
     weights = {k: v.half() for k, v in bench.average.state_dict().items()}
     save_tensors(folder, "weights.safetensors", weights)
+
+
+def _watched(records: Iterable[Record], stage: Stage, average: Field, folder: Path) -> None:
+    """Train to the end, keeping clouds of the averaged student on the way, and what was measured.
+
+    ``clouds.safetensors`` holds one cloud ``[CLOUD, 2]`` per mark, named by its round;
+    ``history.json`` the terms, averaged over `BINS` parts, and the round at the end of each.
+    """
+    marks = {max(1, round(share * stage.steps)) for share in MARKS}
+    clouds: dict[str, Tensor] = {}
+    parts: dict[int, list[Record]] = {}
+    for record in records:
+        parts.setdefault((record.step - 1) * BINS // stage.steps, []).append(record)
+        if record.step in marks:
+            clouds[str(record.step)] = stage_samples(stage, average, n=CLOUD, seed=0).half()
+    lines = [{"round": part[-1].step, **_mean_terms(part)} for part in parts.values()]
+    save_tensors(folder, "clouds.safetensors", clouds)
+    atomic_write_text(folder / "history.json", json.dumps(lines))
+
+
+def _mean_terms(records: Iterable[Record]) -> dict[str, float]:
+    """Mean of every term over the rounds that have it, to 4 digits."""
+    found: dict[str, list[float]] = {}
+    for record in records:
+        for name, value in record.terms.items():
+            found.setdefault(name, []).append(value)
+    return {name: float(f"{sum(v) / len(v):.4g}") for name, v in sorted(found.items())}
 
 
 def _start(recipe: PointRecipe, store: Store) -> PointField:
@@ -363,6 +469,14 @@ def exact_pairs(world: str, pairs: Pairs, *, store: Store | None = None) -> tupl
     artefact = (store or Store.default()).get_or_make("points/pairs", spec, make)
     found = artefact.tensors("pairs.safetensors")
     return found["z"], found["x"]
+
+
+def stage_samples(stage: Stage, field: Field, *, n: int, seed: int) -> Tensor:
+    """Draw samples ``[n, 2]`` of any class with the sampler a DMD2 stage was trained for."""
+    times, eta = stage.options["times"], stage.options["eta"]
+    assert isinstance(times, tuple) and isinstance(eta, float)
+    grid = grid_from_times(times)
+    return draw_samples(field, grid, (2,), seed=seed, indices=range(n), eta=eta, batch=max(n, 1))
 
 
 def sampled(field: Field, *, steps: int, eta: float, n: int, seed: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from turbo_lab import figures
 from turbo_lab.claims import Claim, crossed_bootstrap
 from turbo_lab.figures import ACCENT, INK, SECOND, SOFT, THIRD
-from turbo_lab.point_students import load, sampled, student_recipe, trained
+from turbo_lab.point_students import TRAJECTORY, load, sampled, student_recipe, trained
 from turbo_lab.progress import progress
 from turbo_lab.recipes import FAMILIES
 from turbo_lab.store import Store
@@ -70,7 +70,7 @@ def student_table(
         BadInput: a world whose modes overlap.
     """
     check_world(world)
-    wanted = [(m, n, s) for s in range(budget.seeds) for m in FAMILIES for n in reversed(STEPS)]
+    wanted = [(m, n, s) for s in range(budget.seeds) for m in TRAJECTORY for n in reversed(STEPS)]
     parts = []
     with progress(len(wanted), "students on points") as tick:
         for done, (method, steps, student_seed) in enumerate(wanted):
@@ -123,8 +123,8 @@ def claims(table: pd.DataFrame, profile: str) -> list[Claim]:
         key: _outcomes(part) for key, part in table.groupby(["method", "steps"], observed=True)
     }
     first, last = min(STEPS), max(STEPS)
-    excess = [cells[m, first] - PERFECT for m in FAMILIES]
-    repair = [cells[m, first] - cells[m, last] for m in FAMILIES]
+    excess = [cells[m, first] - PERFECT for m in TRAJECTORY]
+    repair = [cells[m, first] - cells[m, last] for m in TRAJECTORY]
     seeds, samples = excess[0].shape
     rows = [
         ("P1", "At one step every trajectory method leaves samples between the modes",
@@ -236,7 +236,7 @@ def _against_steps(axis: Axes, maps: OptimalMaps, found: pd.DataFrame) -> None:
         textcoords="offset points", color=SOFT, fontsize=8, va="center",
     )  # fmt: skip
     ends = {}
-    for k, method in enumerate(FAMILIES):
+    for k, method in enumerate(TRAJECTORY):
         part = found[found["method"] == method].sort_values("steps")
         at = part["steps"] * 1.03 ** (k - 1.5)  # side by side, so that intervals can be told apart
         errors = [part["value"] - part["low"], part["high"] - part["value"]]
@@ -276,7 +276,7 @@ def _panels(maps: OptimalMaps, table: pd.DataFrame) -> Iterator[tuple[str, Tenso
     for n in STEPS:
         yield f"N = {n}", maps.euler[n]
     for steps in (1, 2):
-        for method in FAMILIES:
+        for method in TRAJECTORY:
             part = table[(table["method"] == method) & (table["steps"] == steps)]
             yield FAMILIES[method].title.split()[0], torch.from_numpy(part[["x", "y"]].to_numpy())
 
