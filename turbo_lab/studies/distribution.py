@@ -87,14 +87,13 @@ BUDGETS: Mapping[str, Budget] = MappingProxyType(
 class Measured:
     """One sampler: per-image values ``[seeds, images]``, and of each caption's own samples.
 
-    ``cdf`` is the cumulative chroma histogram of each image ``[seeds, images, bins]``;
-    ``diversity`` is ``[seeds, prompts]`` and ``prompt_modes`` the hue modes of the same samples.
+    ``moss_energy`` has the images on moss only. ``cdf`` is the cumulative chroma histogram of each
+    image ``[seeds, images, bins]``; ``diversity`` is ``[seeds, prompts]``.
     """
 
     values: Mapping[str, np.ndarray]
     cdf: np.ndarray
     diversity: np.ndarray
-    prompt_modes: np.ndarray
 
     @property
     def hue_mode(self) -> np.ndarray:
@@ -169,15 +168,12 @@ def _measure(
     wanted = ("saturation", "clipped", "contrast", "high_frequency_share", "hue_mode", *RATES)
     values = {m: _stack([r[m] for r in reports]) for m in wanted}
     moss = (fields[:, 2] == 0).numpy()
-    energy = _stack([r["band_energy"] for r in reports])
-    values["moss_energy"] = np.where(moss, energy, np.nan)
+    values["moss_energy"] = _stack([r["band_energy"] for r in reports])[:, moss]
     grids = [one.unflatten(0, (-1, noises)) for one in prompts]
-    modes = [measure.read(one).garment.mode.unflatten(0, (-1, noises)) for one in prompts]
     return Measured(
         values=values,
         cdf=np.stack([chroma_cdf(one) for one in images]),
         diversity=_stack([measure.pairwise_distance(g) for g in grids]) if grids else np.empty(0),
-        prompt_modes=_stack(modes) if modes else np.empty(0),
     )
 
 
@@ -260,18 +256,15 @@ def _like(teacher: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.nansum(a) / max(np.nansum(b), 1e-12))
-
-
-def _mean(a: np.ndarray) -> float:
-    return float(np.nanmean(a))
+    return float(a.sum() / max(b.sum(), 1e-12))
 
 
 def intervals(comparison: Comparison, sampler: Sampler) -> dict[str, Interval]:
     """Every metric of a sampler, with intervals over trainings and images."""
     found, teacher = comparison.measured[sampler], comparison.measured[TEACHER]
     name = "high_frequency_share"
-    out = {m: cl.crossed_bootstrap(found.values[m], statistic=_mean) for m in (*RATES, *MEANS)}
+    plain = [m for m in (*RATES, *MEANS) if found.values[m].size]
+    out = {m: cl.crossed_bootstrap(found.values[m]) for m in plain}
     pair = found.values[name], _like(teacher.values[name], found.values[name])
     out[name] = cl.crossed_bootstrap(*pair, statistic=_ratio)
     if found.diversity.size:
