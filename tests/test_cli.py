@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import tiny_qwen
 from typer.testing import CliRunner
 
 from turbo_lab import doctor
@@ -58,6 +60,12 @@ def test_help_names_every_command() -> None:
         (["figures", "--jobs", "-1"], "use integers of at least 0"),
         (["train", "teacher", "--profile", "fast"], "profile='fast' is not allowed"),
         (["train", "teacher", "--seed", "-1"], "seed=-1 is not allowed"),
+        (["train", "teacher", "--size", "512"], "size='512' is not allowed: it is for qwen_image"),
+        (["train", "teacher", "--dry-run"], "it is for qwen_image, not for teacher"),
+        (["train", "qwen_image", "--ship"], "ship=True is not allowed"),
+        (["train", "qwen_image"], "recipe='' is not allowed: choose one of progressive"),
+        (["train", "qwen_image", "--recipe", "dmd2-2"], "prompts=None is not allowed: name a"),
+        (["train", "qwen_image", "--recipe", "direct-2", "--size", "5"], "size=5 is not allowed"),
         (["sample", "--seed", "-1"], "seed=-1 is not allowed"),
     ],
 )
@@ -71,6 +79,34 @@ def test_wrong_input_is_one_sentence_and_nothing_is_written(
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
     assert sorted(empty.rglob("*")) == before
+
+
+def test_qwen_image_is_planned_without_a_gpu_and_trained(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TURBO_LAB_CACHE", str(empty / "cache"))
+    model = tiny_qwen.write_pipeline(empty / "model")
+    prompts = tiny_qwen.write_prompts(empty / "prompts.txt", "a cat", "a dog")
+    command = ["train", "qwen_image", "--recipe", "consistency", "--model", str(model)]
+    command += ["--prompts", str(prompts), "--size", "32", "--profile", "smoke", "--rank", "4"]
+    planned = CliRunner().invoke(app, [*command, "--dry-run", "--device", "cuda"])
+    assert planned.exit_code == 0, planned.output
+    recipe, _, plan = planned.stdout.partition("\n\n")
+    assert json.loads(recipe)["stages"][0]["options"]["grid_steps"] == 100
+    for word in ("base", "adapters", "gradients", "optimiser", "training", "on cuda", "2 prompts"):
+        assert word in plan
+    assert not (empty / "cache").exists()
+    done = CliRunner().invoke(app, [*command, "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    name, key, folder = done.stdout.split()
+    assert name == "qwen_image/consistency" and key in folder
+    assert {"weights.safetensors", "recipe.json", "history.jsonl", "card.json"} <= {
+        path.name for path in Path(folder).iterdir()
+    }
+    gone = CliRunner().invoke(app, [*command, "--model", str(empty / "nowhere")])
+    assert gone.exit_code == 1
+    assert gone.stderr.startswith("turbo-lab: There is no pipeline")
+    assert gone.stderr.count("\n") == 1
 
 
 def test_usage_errors_end_with_2() -> None:

@@ -23,6 +23,7 @@ from turbo_lab.methods.direct import Direct
 from turbo_lab.methods.dmd2 import DMD2
 from turbo_lab.methods.flow import FlowMatching
 from turbo_lab.methods.progressive import Progressive
+from turbo_lab.methods.transition import Transition
 from turbo_lab.streams import Draw
 
 TEACHER = frozen(GaussianField().requires_grad_(False))
@@ -43,6 +44,21 @@ def dmd2(student: GaussianField) -> DMD2:
     return DMD2(student=student, teacher=TEACHER, fake=fake, times=(1.0,))
 
 
+class OneStepHead(GaussianField):
+    """The flow head of N(m, s^2 I) that is exact for a rollout of one step from s = 1.
+
+    The difference has mean v and standard deviation ``s / sigma_t``, so inner noise y_1 leads to
+    ``v + s / sigma_t y_1``; the method gives v = m, and ``sqrt(V)`` as the unit of the head.
+    """
+
+    def forward(self, y_s: torch.Tensor, s: torch.Tensor, known: object) -> torch.Tensor:
+        _, t, _, _ = known  # type: ignore[misc]
+        t = t[:, None]
+        std = self.log_std.exp()
+        spread = std / ((1 - t) ** 2 * std**2 + t**2).sqrt()
+        return spread * ((1 - t) ** 2 + t**2).sqrt() * y_s
+
+
 BUILD: dict[str, Case] = {
     "flow": Case(lambda student: FlowMatching(student=student)),
     # One teacher step per student step: the chord is the teacher's velocity.
@@ -58,6 +74,13 @@ BUILD: dict[str, Case] = {
     ),
     "continuous": Case(
         lambda student: ContinuousConsistency(student=student, teacher=TEACHER), GaussianMap
+    ),
+    # At t = 1 inner noise read off the state is the noise of the path: the path's own end.
+    "transition": Case(
+        lambda student: Transition(
+            student=student, teacher=TEACHER, head=OneStepHead(), times=(1.0,), inner_steps=1
+        ),
+        GaussianMap,
     ),
     "dmd2": Case(dmd2, GaussianMap),
     "direct": Case(lambda student: Direct(student=student, steps=1), GaussianMap, gaussian_pairs),

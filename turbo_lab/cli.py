@@ -13,6 +13,7 @@ from turbo_lab.errors import BadInput, TurboLabError
 
 if TYPE_CHECKING:
     from turbo_lab.notebook_params import Profile
+    from turbo_lab.store import Artefact
 
 
 class Spoken(TyperGroup):
@@ -78,7 +79,9 @@ def refresh(only: OnlyOption = None, jobs: JobsOption = 0) -> None:
 
 @app.command()
 def train(
-    name: Annotated[str, typer.Argument(help="Recipe, for example teacher.")],
+    name: Annotated[
+        str, typer.Argument(help="A recipe on postcards, such as teacher; or qwen_image.")
+    ],
     profile: ProfileOption = "quick",
     seed: SeedOption = 0,
     fresh: FreshOption = False,
@@ -86,9 +89,37 @@ def train(
     ship: Annotated[
         bool, typer.Option("--ship", help="Copy it into the package of this checkout.")
     ] = False,
+    recipe: Annotated[str, typer.Option(help="qwen_image: its recipe, such as dmd2-2.")] = "",
+    model: Annotated[str, typer.Option(help="qwen_image: folder of a pipeline, or its id.")] = "",
+    prompts: Annotated[
+        Path | None, typer.Option(help="qwen_image: text file, one prompt per line.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="qwen_image: folder of pictures, one for each prompt.")
+    ] = None,
+    size: Annotated[int, typer.Option(help="qwen_image: pixels of the square pictures.")] = 0,
+    rank: Annotated[int, typer.Option(help="qwen_image: of the adapters.")] = 0,
+    keep_activations: Annotated[
+        bool, typer.Option("--keep-activations", help="qwen_image: faster, and far more memory.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="qwen_image: show recipe and memory, and stop.")
+    ] = False,
 ) -> None:
     """Train a recipe, or find it trained: in the cache, or shipped with the package."""
     _check_profile_and_seed(profile, seed)
+    chosen = {
+        **{"recipe": recipe, "model": model, "prompts": prompts, "images": images},
+        **{"size": size, "rank": rank, "dry_run": dry_run, "keep_activations": keep_activations},
+    }
+    options = {option: value for option, value in chosen.items() if value}
+    if name == "qwen_image":
+        if ship:
+            raise BadInput("ship", True, "adapters of Qwen-Image are too large to ship")
+        _train_qwen(device, fresh, {"profile": profile, "seed": seed, **options})
+        return
+    for option, value in options.items():
+        raise BadInput(option, str(value), f"it is for qwen_image, not for {name}")
     from turbo_lab import lab
 
     artefact = lab.train(
@@ -99,7 +130,7 @@ def train(
         device=device,
         ship=ship,
     )
-    typer.echo(f"{artefact.name}  {artefact.key}  {artefact.path}")
+    _say(artefact)
 
 
 @app.command()
@@ -204,6 +235,24 @@ def _named_values(pairs: Sequence[str], only: Sequence[str]) -> dict[str, Any]:
     for notebook in discover(places.notebook_dir(), only) if texts else []:
         values |= parsed(notebook.name, texts)
     return values
+
+
+def _train_qwen(device: str, fresh: bool, options: dict[str, Any]) -> None:
+    """Check all of a training on Qwen-Image, then show it or do it."""
+    from turbo_lab import factory, factory_plan, lab
+
+    dry_run = options.pop("dry_run", False)
+    known = dry_run and device in ("cpu", "cuda")  # a plan needs no GPU to be made
+    place = device if known else lab.chosen_device(device)
+    job = factory_plan.check(**options, device=place)
+    if dry_run:
+        typer.echo(factory_plan.described(job))
+    else:
+        _say(factory.train_with_progress(job, fresh=fresh))
+
+
+def _say(artefact: Artefact) -> None:
+    typer.echo(f"{artefact.name}  {artefact.key}  {artefact.path}")
 
 
 def _check_profile_and_seed(profile: str, seed: int) -> None:

@@ -1,19 +1,22 @@
-"""Critics: networks that tell the teacher's samples from the student's, at any time and caption.
+"""Critics: networks that tell the teacher's side from the student's, at any time and caption.
 
 A critic is asked like a field, ``critic(x_t, t, c)``, and answers with logits ``[B]``. Trained with
 the logistic loss on as many samples of either side, its logit goes to ``log p / q``, teacher over
-student (Goodfellow et al. 2014, proposition 1); a hinge loss would not calibrate it.
+student (Goodfellow et al. 2014, proposition 1); a hinge loss does not calibrate it, which is no
+matter where the student only has to fool it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu, softplus
+from torch.nn.functional import relu, silu, softplus
 
 from turbo_lab.field import Condition
 from turbo_lab.fit import Player
@@ -44,6 +47,35 @@ def logistic(teacher: Tensor, student: Tensor) -> dict[str, Tensor]:
     return {"teacher": softplus(-teacher), "student": softplus(student)}
 
 
+def hinge(teacher: Tensor, student: Tensor) -> dict[str, Tensor]:
+    r"""Terms of the hinge loss per sample ``[B]``, :math:`(1 - D(p))_+ + (1 + D(q))_+`.
+
+    Each is 1 for a critic that knows nothing. The arguments are those of `logistic`.
+    """
+    return {"teacher": relu(1 - teacher), "student": relu(1 + student)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adversary:
+    """What a critic minimises, given logits of either side, and what a student does, given its own.
+
+    All are per sample ``[B]``.
+    """
+
+    critic: Callable[[Tensor, Tensor], dict[str, Tensor]]
+    student: Callable[[Tensor], Tensor]
+
+
+ADVERSARIES: Mapping[str, Adversary] = MappingProxyType(
+    {
+        "hinge": Adversary(critic=hinge, student=lambda logits: relu(1 - logits)),
+        "logistic": Adversary(critic=logistic, student=lambda logits: softplus(-logits)),
+    }
+)
+"""By name: ``hinge`` stops pushing a sample that the critic takes for the teacher's with a margin,
+as in the code of phased consistency; ``logistic`` is the non-saturating loss of DMD2."""
+
+
 class LatentCritic(nn.Module):
     """Logits of latents ``[B, channels, H, W]`` by two convolutional blocks, for less than a field.
 
@@ -67,9 +99,9 @@ class LatentCritic(nn.Module):
             nn.Linear(2 * FREQUENCIES + tokens * width, inner), nn.SiLU(), nn.Linear(inner, inner)
         )
         self.first = nn.Conv2d(channels, width, 3, stride=2, padding=1)
-        self.fine = _Block(width, inner)
+        self.fine = Block(width, inner)
         self.second = nn.Conv2d(width, inner, 3, stride=2, padding=1)
-        self.coarse = _Block(inner, inner)
+        self.coarse = Block(inner, inner)
         self.score = nn.Linear(inner, 3 * width)
         self.bias = nn.Linear(inner, 1)
         for layer in (self.score, self.bias):
@@ -78,8 +110,8 @@ class LatentCritic(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
         """Return logits ``[B]`` for ``x_t [B, channels, H, W]``, ``t [B]``, ``c [B, tokens]``."""
-        waves = _waves(t.expand(len(x_t)))
-        e = silu(self.condition(torch.cat([waves, self.captions(c).flatten(1)], dim=1)))
+        time = waves(t.expand(len(x_t)))
+        e = silu(self.condition(torch.cat([time, self.captions(c).flatten(1)], dim=1)))
         fine = self.fine(self.first(x_t), e)
         coarse = self.coarse(self.second(silu(fine)), e)
         seen = torch.cat([silu(a).mean((2, 3)) for a in (fine, coarse)], dim=1)
@@ -90,13 +122,13 @@ FREQUENCIES = 6
 """Of the time: 1/2 to 16 waves from data to noise."""
 
 
-def _waves(t: Tensor) -> Tensor:
-    """Sines and cosines of times ``[B]`` -> ``[B, 2 FREQUENCIES]``."""
+def waves(t: Tensor) -> Tensor:
+    """Sines and cosines of times: ``[B]`` -> ``[B, 2 FREQUENCIES]``."""
     phase = math.pi * t[:, None] * 2.0 ** torch.arange(FREQUENCIES, device=t.device)
     return torch.cat([phase.sin(), phase.cos()], dim=1)
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """A residual block of two convolutions, the first scaled and shifted by a condition."""
 
     def __init__(self, width: int, condition: int) -> None:
@@ -106,6 +138,7 @@ class _Block(nn.Module):
         self.modulation = nn.Linear(condition, 2 * width)
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        """Return ``x [B, width, H, W]`` changed as the condition ``e [B, condition]`` says."""
         scale, shift = self.modulation(e)[:, :, None, None].chunk(2, dim=1)
         return x + self.second(silu((1 + scale) * self.first(silu(x)) + shift))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,39 +11,42 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from turbo_lab.adapters import Host
 from turbo_lab.atomic import atomic_write_text, save_tensors
 from turbo_lab.cpu import tune_allocator
-from turbo_lab.critic import spawn_critic
-from turbo_lab.errors import BadInput, MissingPiece
-from turbo_lab.field import Field, frozen, guided
-from turbo_lab.fit import Batch, Objective, Player, Record, Saving, Shadow, fit
+from turbo_lab.fit import Record, Saving, Shadow, fit
 from turbo_lab.history import TrainingHistory
-from turbo_lab.keys import key_of
-from turbo_lab.methods import METHODS
-from turbo_lab.methods.divergences import divergence_named, needs_ratio
-from turbo_lab.methods.kinds import TrainableField
-from turbo_lab.postcards.captions import TOKENS, VOCABULARY, null_tokens
-from turbo_lab.progress import progress
-from turbo_lab.recipes import Recipe, Stage
+from turbo_lab.recipes import Recipe
 from turbo_lab.store import Artefact, Checkpoints, Store
-from turbo_lab.streams import Draw, seed_for
-from turbo_lab.testbeds.postcards import (
-    LATENT_CHANNELS,
-    PairSource,
-    PostcardNet,
-    pair_batch,
-    spawn_net,
-    train_batch,
+from turbo_lab.streams import seed_for
+from turbo_lab.workbench import (
+    PAIRS,
+    Workbench,
+    check_stages,
+    draw_all_pairs,
+    floats,
+    load_net,
+    rivals_of,
+    workbench,
 )
 
-PAIRS = "postcards/pairs"
+__all__ = [
+    "PAIRS",
+    "RIVAL_FILE",
+    "TRACE_STEPS",
+    "Trace",
+    "Watch",
+    "Workbench",
+    "history",
+    "load_net",
+    "recorded",
+    "replay",
+    "trained",
+    "workbench",
+]
+
 RIVAL_FILE = "rivals.safetensors"
-_DRAWN: dict[tuple[str, str], dict[int, Tensor]] = {}
-"""Pairs of this process by key and device: the replays of several students share them."""
 SAVE_SECONDS = 60.0
 """Seconds between two checkpoints: what a kill can cost."""
 TRACE_STEPS = 3
@@ -76,10 +78,9 @@ def trained(
     A killed training continues from its last checkpoint; two processes asking at once train once.
 
     Raises:
-        BadInput: a stage needs the ratio of densities and has nothing to learn it from.
+        BadInput: a stage asks for what it has not been given, see `turbo_lab.workbench`.
     """
-    for stage in recipe.stages:
-        _check_ratio(stage)
+    check_stages(recipe)
     store, watch = store or Store.default(), watch or _unwatched
     if not fresh and (found := store.find(recipe.artefact, recipe.spec())):
         return found  # without asking for the stages before it
@@ -91,16 +92,9 @@ def trained(
     return store.get_or_make(recipe.artefact, recipe.spec(), make, fresh=fresh)
 
 
-def load_net(recipe: Recipe, artefact: Artefact) -> PostcardNet:
-    """Build the network of a recipe with the weights of an artefact, frozen, in eval mode."""
-    net = spawn_net(recipe.net, recipe.seed)
-    net.load_state_dict(_floats(artefact))
-    return net.eval().requires_grad_(False)
-
-
 def replay(recipe: Recipe, artefact: Artefact, store: Store) -> Trace:
     """Run today's code for the steps that the artefact's trace recorded."""
-    return _trace(recipe, store, _floats(artefact), _rival_weights(recipe, artefact))
+    return _trace(recipe, store, floats(artefact.tensors()), _rival_weights(recipe, artefact))
 
 
 def recorded(artefact: Artefact) -> Trace:
@@ -115,220 +109,16 @@ def history(artefact: Artefact) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-# --- the workbench ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workbench:
-    """What a stage works with: the student, its average, and everything a method may ask for.
-
-    ``pieces`` go by the names of the methods' fields: student, average, teacher, plain, null, and
-    the rivals, which learn along with the student: fake, and critic where a ratio is needed.
-    """
-
-    student: TrainableField
-    average: TrainableField
-    pieces: Mapping[str, object]
-    batches: Callable[[Draw], Batch]
-    rivals: Mapping[str, Player] = dataclasses.field(default_factory=dict)
-
-    def objective(self, stage: Stage) -> Objective:
-        """Build the method of a stage from the pieces it has fields for."""
-        kind = METHODS[stage.method]
-        wanted = _fields_of(stage) & self.pieces.keys()
-        return kind(**{name: self.pieces[name] for name in wanted}, **stage.options)
-
-
-RIVALS = ("fake",)
-"""Players that start as the teacher and learn along with the student."""
-
-CRITIC = "critic"
-"""The player that learns the ratio of teacher to student, where the divergence of a stage needs it:
-without it a stage is, to the bit, what it was before critics."""
-
-
-def _fields_of(stage: Stage) -> set[str]:
-    return {f.name for f in dataclasses.fields(METHODS[stage.method])}
-
-
-def _asks_ratio(stage: Stage) -> bool:
-    """Whether the divergence of a stage weighs samples by a ratio."""
-    if CRITIC not in _fields_of(stage):
-        return False
-    name = str(stage.options.get("divergence", "rkl"))
-    alpha = float(str(stage.options.get("alpha", 0.0)))
-    divergence_named(name, alpha)
-    return needs_ratio(name, alpha)
-
-
-def _check_ratio(stage: Stage) -> None:
-    """A critic tells samples of the teacher from the student's: it needs them, and a rate."""
-    if not _asks_ratio(stage):
-        return
-    needs = f"divergence={stage.options['divergence']!r} needs"
-    if stage.pairs is None:
-        raise BadInput("pairs", None, f"{needs} samples of the teacher for its critic")
-    if CRITIC not in stage.rates:
-        raise BadInput("rates", sorted(stage.rates), f"{needs} one for player {CRITIC!r} too")
-
-
-def workbench(recipe: Recipe, store: Store, device: str = "cpu") -> Workbench:
-    """Set up the last stage of a recipe, at its beginning.
-
-    Raises:
-        BadInput: the stage needs the ratio of densities and has nothing to learn it from.
-        MissingPiece: the stage before it, or the teacher, is not in the store.
-    """
-    _check_ratio(recipe.stages[-1])
-    return (_net_bench if recipe.teacher is None else _adapter_bench)(recipe, store, device)
-
-
-def _net_bench(recipe: Recipe, store: Store, device: str) -> Workbench:
-    """A whole network learns: from its seed, or from the stage before."""
-    net = spawn_net(recipe.net, recipe.seed)
-    if recipe.before is not None:
-        net.load_state_dict(_floats(_found(recipe.before, store)))
-    net = net.to(device).train()
-    average = copy.deepcopy(net).requires_grad_(False)
-    pieces = {"student": net, "null": null_tokens(1)}
-    batches = _real(recipe, device)
-    return Workbench(student=net, average=average, pieces=pieces, batches=batches)
-
-
-def _adapter_bench(recipe: Recipe, store: Store, device: str) -> Workbench:
-    """An adapter on the teacher's network learns; the bare network, or a copy, teaches it."""
-    assert recipe.teacher is not None and recipe.adapter is not None
-    stage = recipe.stages[-1]
-    artefact = _found(recipe.teacher, store)
-    host = Host(load_net(recipe.teacher, artefact).to(device), part="transformer")
-    student = host.add("student", recipe.adapter, seed=recipe.seed)
-    if recipe.before is not None:
-        student.load_state_dict(_floats(_found(recipe.before, store)))
-    average = host.copy(student, "average")
-    plain = frozen(host.bare)
-    guide = guided(plain, null_tokens(1), stage.guidance_scale or 1.0)
-    wanted = sorted(_fields_of(stage).intersection(RIVALS))
-    rivals: dict[str, Player] = {
-        name: host.add(name, recipe.adapter, seed=recipe.seed) for name in wanted
-    }
-    if _asks_ratio(stage):
-        table = {"vocabulary": VOCABULARY, "tokens": TOKENS}
-        critic = spawn_critic(channels=LATENT_CHANNELS, seed=recipe.seed, **table)
-        rivals[CRITIC] = critic.to(device)
-    pieces: dict[str, object] = {
-        "student": student,
-        "average": average,
-        "plain": plain,
-        "null": null_tokens(1),
-        **rivals,
-    }
-    if stage.teacher == "guided":
-        pieces["teacher"] = guide
-    elif stage.teacher == "before":
-        pieces["teacher"] = frozen(host.copy(student, "before"))
-    batches = _real(recipe, device)
-    if stage.pairs is not None:
-        batches = partial(pair_batch, _pair_source(recipe, stage, store, guide, device))
-    return Workbench(
-        student=student, average=average, pieces=pieces, batches=batches, rivals=rivals
-    )
-
-
-def _real(recipe: Recipe, device: str) -> Callable[[Draw], Batch]:
-    """Postcards that no earlier stage has seen."""
-    stage = recipe.stages[-1]
-    return partial(
-        train_batch,
-        seed=recipe.seed if recipe.teacher is None else recipe.teacher.seed,
-        skip=recipe.samples_seen - stage.steps * stage.batch_size,
-        sign_grid=stage.sign_grid,
-        posters=stage.posters,
-        device=device,
-    )
-
-
-def _pair_source(
-    recipe: Recipe, stage: Stage, store: Store, guide: Field, device: str
-) -> PairSource:
-    """Pairs of a stage, kept in the store once all of them have been drawn."""
-    assert recipe.teacher is not None and stage.pairs is not None
-    spec = _pair_spec(recipe, stage)
-    source = PairSource(
-        field=guide,
-        n=stage.pairs.n,
-        steps=stage.pairs.steps,
-        seed=recipe.teacher.seed,
-        device=device,
-        known=_DRAWN.setdefault((key_of(spec), device), {}),
-    )
-    found = store.find(PAIRS, spec)
-    if found is not None:
-        source.known.update(_rows(found.tensors("pairs.safetensors")))
-    return source
-
-
-def _pair_spec(recipe: Recipe, stage: Stage) -> dict[str, object]:
-    assert recipe.teacher is not None and stage.pairs is not None
-    return {
-        "teacher": recipe.teacher.spec(),
-        "guidance_scale": stage.guidance_scale,
-        **stage.pairs.model_dump(),
-    }
-
-
-def _draw_all_pairs(recipe: Recipe, store: Store, device: str) -> None:
-    """Draw the pairs of the last stage once and keep them, so that every student shares them."""
-    stage = recipe.stages[-1]
-
-    def draw(folder: Path) -> None:
-        bench = workbench(recipe, store, device)
-        source: PairSource = bench.batches.args[0]  # type: ignore[attr-defined]
-        with progress(source.n, f"{source.n} samples of the teacher") as tick:
-            for first in range(0, source.n, 64):
-                source.rows(range(first, min(first + 64, source.n)))
-                tick(min(first + 64, source.n), "")
-        samples = torch.stack([source.known[i] for i in range(source.n)])
-        save_tensors(folder, "pairs.safetensors", {"x": samples})
-
-    store.get_or_make(PAIRS, _pair_spec(recipe, stage), draw)
-
-
-def _rows(tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    return dict(enumerate(tensors["x"]))
-
-
-def _found(recipe: Recipe, store: Store) -> Artefact:
-    found = store.find(recipe.artefact, recipe.spec())
-    if found is None:
-        raise MissingPiece(
-            f"{recipe.artefact} is needed as a start and is not in the store; "
-            f"run turbo-lab train {recipe.name} --fresh."
-        )
-    return found
-
-
-def _floats(artefact: Artefact) -> dict[str, Tensor]:
-    return _as_floats(artefact.tensors())
-
-
 def _rival_weights(recipe: Recipe, artefact: Artefact) -> dict[str, Tensor]:
     """Weights of the rivals as they were when the student was finished, ``name/key``."""
-    has = _fields_of(recipe.stages[-1]).intersection(RIVALS)  # who has a critic has a fake
-    return _as_floats(artefact.tensors(RIVAL_FILE)) if has else {}
-
-
-def _as_floats(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v.float() for k, v in tensors.items()}
-
-
-# --- training -----------------------------------------------------------------------------------
+    return floats(artefact.tensors(RIVAL_FILE)) if rivals_of(recipe.stages[-1]) else {}
 
 
 def _make(recipe: Recipe, store: Store, device: str, watch: Watch, folder: Path) -> None:
     tune_allocator()
     stage = recipe.stages[-1]
     if stage.pairs is not None:
-        _draw_all_pairs(recipe, store, device)
+        draw_all_pairs(recipe, store, device)
     earlier = sum(s.steps for s in recipe.stages[:-1])
     work = store.workdir(recipe.artefact, recipe.spec())
     bench = workbench(recipe, store, device)
@@ -348,7 +138,7 @@ def _make(recipe: Recipe, store: Store, device: str, watch: Watch, folder: Path)
     }
     if rivals:
         save_tensors(folder, RIVAL_FILE, rivals)
-    trace = _trace(recipe, store, _as_floats(weights), _as_floats(rivals))
+    trace = _trace(recipe, store, floats(weights), floats(rivals))
     atomic_write_text(folder / "trace.json", json.dumps(dataclasses.asdict(trace)))
     atomic_write_text(folder / "history.jsonl", _earlier_history(recipe, store) + lines.text())
 

@@ -7,7 +7,9 @@ from turbo_lab.methods.continuous import ContinuousConsistency
 from turbo_lab.methods.direct import Direct
 from turbo_lab.methods.dmd2 import DMD2
 from turbo_lab.methods.flow import FlowMatching
+from turbo_lab.methods.phased import phase_edges
 from turbo_lab.methods.progressive import Progressive
+from turbo_lab.methods.transition import Transition
 
 METHODS = {
     "flow": FlowMatching,
@@ -15,6 +17,7 @@ METHODS = {
     "consistency": Consistency,
     "continuous": ContinuousConsistency,
     "direct": Direct,
+    "transition": Transition,
     "dmd2": DMD2,
 }
 
@@ -26,4 +29,6 @@ __all__ = [
     "Direct",
     "FlowMatching",
     "Progressive",
+    "Transition",
+    "phase_edges",
 ]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from turbo_lab.critic import ADVERSARIES, Critic, TrainableCritic
 from turbo_lab.errors import BadInput
-from turbo_lab.field import Field, frozen
+from turbo_lab.field import Condition, Field, frozen
 from turbo_lab.fit import Batch, Player, Turn
 from turbo_lab.methods.kinds import DISTANCES, SOLVERS, TrainableField, chosen, times_at
-from turbo_lab.path import mix, step, time_grid
+from turbo_lab.methods.phased import pushed
+from turbo_lab.path import grid_from_times, mix, step, time_grid
 from turbo_lab.streams import Draw
 
 TARGETS = ("current", "average")
@@ -33,6 +36,13 @@ class Consistency:
     steps are taken by renoising it (eta = 1). Several are phased consistency (Wang et al. 2024,
     arXiv 2405.18407, eqs. 8-10), sampled from edge to edge (eta = 0).
 
+    **Adversarial consistency**, if ``adversarial_weight`` is above 0: a critic tells the two
+    predictions apart, each noised from its edge to a time of its own inside the phase (see
+    `turbo_lab.methods.phased`), and the student is to fool it as well. At the exact phase map both
+    sides have one distribution, so the optimum stays where it was; on the way there, the critic
+    sees blur that a distance forgives. It is an option of consistency, not a method of its own:
+    one term and one turn beside the same prediction, the same target and the same sampler.
+
     Args:
         student: the field that learns.
         teacher: the field whose paths are followed (guided, frozen).
@@ -40,10 +50,14 @@ class Consistency:
         grid_steps: steps of the teacher's grid.
         shift: timestep shift of the grid.
         edges: times inside (0, 1) where phases meet; none for one phase. Each takes the place of
-            the nearest time of the grid.
+            the nearest time of the grid; `turbo_lab.methods.phase_edges` places them by a shift.
         solver: ``euler`` or ``heun``.
         distance: ``l2`` or ``huber``, see `turbo_lab.methods.kinds`.
         target: θ⁻ is the ``current`` student or its ``average``.
+        critic: logits of x_r's prediction against x_t's; it learns, in a turn of its own, if it is
+            a `turbo_lab.critic.TrainableCritic`.
+        adversarial_weight: weight of the student's adversarial term; 0 for none.
+        adversary: ``hinge`` or ``logistic``, see `turbo_lab.critic.ADVERSARIES`.
     """
 
     student: TrainableField
@@ -55,6 +69,9 @@ class Consistency:
     solver: str = "euler"
     distance: str = "l2"
     target: str = "current"
+    critic: Critic | None = None
+    adversarial_weight: float = 0.0
+    adversary: str = "hinge"
 
     def __post_init__(self) -> None:
         chosen("solver", self.solver, SOLVERS)
@@ -62,19 +79,44 @@ class Consistency:
         chosen("target", self.target, dict.fromkeys(TARGETS))
         if self.target == "average" and self.average is None:
             raise BadInput("target", "average", "give the average, or choose current")
+        self._check_edges()
+        self._check_adversary()
+
+    def _check_edges(self) -> None:
         if any(not 0 < s < 1 for s in self.edges):
             raise BadInput("edges", self.edges, "use times between 0 and 1")
         if self.grid_steps <= len(self.edges):
             raise BadInput("grid_steps", self.grid_steps, f"use more than {len(self.edges)}")
+        kept = torch.isin(torch.tensor(self.edges), self.grid)
+        if not bool(kept.all()):
+            allowed = f"two fall on one of {self.grid_steps} steps; move them, or use more steps"
+            raise BadInput("edges", self.edges, allowed)
+
+    def _check_adversary(self) -> None:
+        chosen("adversary", self.adversary, ADVERSARIES)
+        if not 0 <= self.adversarial_weight < math.inf:
+            allowed = "use a finite number, at least 0"
+            raise BadInput("adversarial_weight", self.adversarial_weight, allowed)
+        if self.adversarial_weight and self.critic is None:
+            raise BadInput("adversarial_weight", self.adversarial_weight, "it needs a critic")
 
     @property
     def players(self) -> Mapping[str, Player]:
-        """One player: the student."""
-        return {"student": self.student}
+        """The student, and a critic that has to learn."""
+        return {"student": self.student, **self._critics}
 
     def turns(self) -> Sequence[Turn]:
-        """One turn per round."""
-        return (Turn(name="consistency", loss=self.loss, moves=("student",)),)
+        """Every round the critic, if there is one, and then the student."""
+        return (
+            *(Turn(name=name, loss=self.critic_loss, moves=(name,)) for name in self._critics),
+            Turn(name="consistency", loss=self.loss, moves=("student",)),
+        )
+
+    @property
+    def _critics(self) -> Mapping[str, TrainableCritic]:
+        """The critic by name, if it is asked for and learns."""
+        asked = {"critic": self.critic} if self.adversarial_weight else {}
+        return {name: it for name, it in asked.items() if isinstance(it, TrainableCritic)}
 
     @property
     def grid(self) -> Tensor:
@@ -85,17 +127,32 @@ class Consistency:
             inner[(inner - edge).abs().argmin()] = edge
         return grid
 
+    @property
+    def sampler(self) -> Tensor:
+        """The student's times ``[phases + 1]``: from 1, edge to edge, to 0."""
+        return grid_from_times((1.0, *sorted(self.edges, reverse=True)))
+
     def ends(self, t: Tensor) -> Tensor:
         """The edge s_m that a sample at time t ``[B]`` jumps to: the largest below t, or 0."""
         edges = torch.tensor(sorted({0.0, *self.edges}), device=t.device, dtype=t.dtype)
         return edges[(torch.searchsorted(edges, t) - 1).clamp_min(0)]
 
-    def jump(self, field: Field, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor) -> Tensor:
+    def tops(self, s: Tensor) -> Tensor:
+        """The edge s_{m+1} at the top of the phase whose lower edge is s ``[B]``."""
+        edges = torch.tensor(sorted({*self.edges, 1.0}), device=s.device, dtype=s.dtype)
+        return edges[torch.searchsorted(edges, s, right=True)]
+
+    def jump(self, field: Field, x_t: Tensor, t: Tensor, s: Tensor, c: Condition) -> Tensor:
         """``f(x_t, t) = x_t + (s - t) v``; at t = s the identity."""
         return step(x_t, field(x_t, t, c), t, s)
 
-    def loss(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
-        """Distance of the two predictions per sample ``[B]``, for clean latents ``[B, ...]``."""
+    def predictions(self, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
+        """Return f_θ at x_t and f_θ⁻ at x_r, both ``[B, ...]``, and their edges s_m ``[B]``.
+
+        Args:
+            batch: clean latents ``[B, ...]`` and their conditions.
+            draw: of this turn.
+        """
         x, c = batch.x, batch.c
         k = draw.integers("time", self.grid_steps)
         t, r = times_at(self.grid, k, x), times_at(self.grid, k + 1, x)
@@ -105,5 +162,27 @@ class Consistency:
             x_r = SOLVERS[self.solver](self.teacher, x_t, t, r, c)
             source = self.average if self.target == "average" else self.student
             goal = self.jump(frozen(source), x_r, r, s, c)  # type: ignore[arg-type]
-        ours = self.jump(self.student, x_t, t, s, c)
-        return {"consistency": DISTANCES[self.distance](ours, goal)}
+        return self.jump(self.student, x_t, t, s, c), goal, s
+
+    def loss(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+        """Distance of the two predictions per sample ``[B]``, and how well ours is told apart."""
+        ours, goal, s = self.predictions(batch, draw)
+        terms = {"consistency": DISTANCES[self.distance](ours, goal)}
+        if self.adversarial_weight:
+            fooled = ADVERSARIES[self.adversary].student(self._logits(ours, s, batch.c, draw))
+            terms["adversarial"] = self.adversarial_weight * fooled
+        return terms
+
+    def critic_loss(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+        """Terms of the critic per sample ``[B]``: x_r's prediction is the teacher's side."""
+        with torch.no_grad():
+            ours, goal, s = self.predictions(batch, draw)
+        return ADVERSARIES[self.adversary].critic(
+            self._logits(goal, s, batch.c, draw.sub("teacher")),
+            self._logits(ours, s, batch.c, draw.sub("student")),
+        )
+
+    def _logits(self, f: Tensor, s: Tensor, c: Condition, draw: Draw) -> Tensor:
+        assert self.critic is not None
+        x_u, u = pushed(f, s, self.tops(s), draw)
+        return self.critic(x_u, u, c)

@@ -54,7 +54,9 @@ class Stage(_Frozen):
     """One method, its options and its budget.
 
     ``teacher`` is the guided teacher or the student of the stage before; ``pairs`` replaces real
-    postcards by the teacher's samples. What is None is left out of the key.
+    postcards by the teacher's samples. A fake score starts as the plain teacher, or, with
+    ``rivals_from`` "before", as the student of the stage before. What is None is left out of the
+    key, and of a training: there is no reason to write "teacher" on postcards.
     """
 
     method: str
@@ -69,6 +71,7 @@ class Stage(_Frozen):
     teacher: Literal["guided", "before"] | None = None
     guidance_scale: float | None = Field(None, ge=0, le=20)
     pairs: Pairs | None = None
+    rivals_from: Literal["teacher", "before"] | None = None
 
     @field_validator("method")
     @classmethod
@@ -112,9 +115,10 @@ class Recipe(_Frozen):
     @property
     def times(self) -> tuple[float, ...]:
         """Times that the student is trained to be sampled at; empty for any grid."""
-        times = self.stages[-1].options.get("times", ())
-        assert isinstance(times, tuple)
-        return times
+        options = self.stages[-1].options
+        times, edges = options.get("times", ()), options.get("edges", ())
+        assert isinstance(times, tuple) and isinstance(edges, tuple)
+        return (1.0, *sorted(edges, reverse=True)) if edges else times
 
     @property
     def samples_seen(self) -> int:

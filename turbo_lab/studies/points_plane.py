@@ -160,6 +160,10 @@ class PlaneRuns:
     clouds: Tensor
     key: str
 
+    def cell(self, alpha: float, beta: float) -> Tensor:
+        """Samples of the students of one cell, ``[seed, KEPT, 2]``."""
+        return self.clouds[self.grid.index(alpha), self.grid.index(beta)]
+
     @property
     def table(self) -> pd.DataFrame:
         """A row per cell and seed, and what its samples are like if they are finite.

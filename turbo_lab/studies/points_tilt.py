@@ -39,6 +39,8 @@ KEPT = 1024
 """Samples kept of every student."""
 REACH = 4.0
 """Half width of the plane; no student has put a sample outside of it."""
+MEDIAN = math.sqrt(2 * math.log(2))
+"""Median distance to its mean of a 2-D Gaussian, in standard deviations."""
 GAP = 0.1
 """Half the distance between the two classes at a place."""
 
@@ -104,7 +106,8 @@ class TiltRuns:
 
         Columns ``w``, ``what`` ("target" p_w, "paths" of the guided field, "student"), ``seed``
         (-1 but for students), ``first``, ``second``, ``third`` (shares of the places), ``spread``
-        (root mean square distance to the mean of the place, relative to that of p(x | c)),
+        (median distance to the mean of the samples of a place, 1 for p(x | c); what lies far
+        between the places hardly moves it),
         ``to_truth`` and ``to_target`` (KL from p(x | c) and from p_w, all noised alike, see
         `turbo_lab.studies.points_density.divergences`, in nats).
         """
@@ -156,18 +159,19 @@ def tilt_plane() -> tuple[Plane, float]:
 
 
 @cache
-def _target(w: float) -> Tensor:
+def target(w: float) -> Tensor:
+    """Log density p_w of class 0 on `tilt_plane`, normalised there, ``[G, G]``."""
     return log_tilted(places(), CLASS, w, tilt_plane()[0])
 
 
 def _of_target(w: float) -> dict[str, float]:
     """Shares, spread and divergences of p_w, by quadrature."""
     plane, h = tilt_plane()
-    p = _target(w).exp().flatten() * plane.cell
-    truth, target = smoothed(_target(1.0), plane, h), smoothed(_target(w), plane, h)
+    p = target(w).exp().flatten() * plane.cell
+    truth, goal = smoothed(target(1.0), plane, h), smoothed(target(w), plane, h)
     return {
         **_shares_and_spread(plane.points, p),
-        "to_truth": divergence(target, truth, plane.cell),
+        "to_truth": divergence(goal, truth, plane.cell),
         "to_target": 0.0,
     }
 
@@ -177,8 +181,8 @@ def _of_samples(x: Tensor, w: float) -> dict[str, float]:
     found = log_kernels(x, plane, h)
     return {
         **_shares_and_spread(x.double(), torch.full((len(x),), 1 / len(x), dtype=torch.float64)),
-        "to_truth": divergence(found, smoothed(_target(1.0), plane, h), plane.cell),
-        "to_target": divergence(found, smoothed(_target(w), plane, h), plane.cell),
+        "to_truth": divergence(found, smoothed(target(1.0), plane, h), plane.cell),
+        "to_target": divergence(found, smoothed(target(w), plane, h), plane.cell),
     }
 
 
@@ -187,11 +191,11 @@ def _shares_and_spread(x: Tensor, p: Tensor) -> dict[str, float]:
     k = torch.nn.functional.one_hot(place_of(x), 3).double()
     shares = p @ k
     means = (k * p[:, None]).T @ x / shares.clamp_min(1e-12)[:, None]
-    off = (x - k @ means).square().sum(1)
-    names = ("first", "second", "third")
+    off, order = (x - k @ means).norm(dim=1).sort()
+    median = off[torch.searchsorted(p[order].cumsum(0), 0.5)]
     return {
-        **dict(zip(names, shares.tolist(), strict=True)),
-        "spread": math.sqrt(float(p @ off) / 2) / float(places().stds[0]),
+        **dict(zip(("first", "second", "third"), shares.tolist(), strict=True)),
+        "spread": float(median / places().stds[0]) / MEDIAN,
     }
 
 

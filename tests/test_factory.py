@@ -1,0 +1,352 @@
+"""Every method trained on the tiny pipeline: from files to an artefact."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_qwen
+import torch
+from torch import Tensor
+
+from turbo_lab import factory, factory_plan
+from turbo_lab.adapters import AdapterSize
+from turbo_lab.errors import BadInput, MissingPiece
+from turbo_lab.factory_plan import Job, check_memory, memory_plan
+from turbo_lab.fit import Record, fit
+from turbo_lab.recipes.models import Pairs, Rates
+from turbo_lab.recipes.qwen_image import (
+    QWEN_RECIPES,
+    SIZES,
+    QwenRecipe,
+    resolve_qwen,
+    student_times,
+)
+from turbo_lab.store import Artefact, Store
+from turbo_lab.streams import Draw
+
+SMALL = AdapterSize(rank=4, alpha=4, targets=("to_q", "to_v", "img_mlp.net.2", "img_mod.1"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, two prompts and two images."""
+    folder = tmp_path_factory.mktemp("factory")
+    tiny_qwen.write_pipeline(folder / "model")
+    tiny_qwen.write_prompts(folder / "prompts.txt", "a cat", "two dogs on the moss")
+    tiny_qwen.write_images(folder / "images", n=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store that the tests share, so that prompts are encoded once."""
+    return Store(cache=tmp_path_factory.mktemp("cache"))
+
+
+def job(world: Path, recipe: str, **options: Any) -> Job:
+    return factory_plan.check(
+        **{
+            "recipe": recipe,
+            "model": str(world / "model"),
+            "prompts": world / "prompts.txt",
+            "size": 32,
+            "profile": "smoke",
+            "rank": 4,
+            **options,
+        }
+    )
+
+
+def changed(job: Job, **values: Any) -> Job:
+    return dataclasses.replace(job, recipe=job.recipe.model_copy(update=values))
+
+
+def history(artefact: Artefact) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in artefact.file("history.jsonl").read_text().splitlines()]
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["progressive", "consistency", "continuous", "direct-2", "dmd2-2"])
+def test_every_method_trains_and_leaves_an_artefact(world: Path, caches: Store, name: str) -> None:
+    work = job(world, name)
+    artefact = factory.trained(work, store=caches)
+    lines = history(artefact)
+    assert [line["stage"] for line in lines] == [k + 1 for k in range(len(work.recipe.stages))]
+    for line in lines:
+        assert all(torch.tensor(value).isfinite() for value in line["terms"].values())
+        assert all(norm > 0 for norm in line["norms"].values())
+    assert artefact.json("recipe.json")["recipe"] == json.loads(json.dumps(work.recipe.spec()))
+    assert artefact.card["model"] == str(world / "model")
+    weights = artefact.tensors()
+    assert len(weights) == 2 * 2 * 14  # two halves, two blocks, Wuli's modules
+    assert all("lora_A" in key or "lora_B" in key for key in weights)
+    assert any(bool(v.any()) for key, v in weights.items() if "lora_B" in key)
+    assert factory.trained(work, store=caches).path == artefact.path
+
+
+def test_real_images_train_too(world: Path, caches: Store) -> None:
+    work = job(world, "consistency", images=world / "images")
+    assert work.recipe.source == "images" and work.recipe.pairs is None
+    artefact = factory.trained(work, store=caches)
+    assert artefact.key != factory.trained(job(world, "consistency"), store=caches).key
+    bench = factory._bench(work, caches)
+    whole = bench.supply(0, Draw(seed=0, step=0, total=2))
+    latents = factory.encoded(work.bundle, work.images, size=32, store=caches, device="cpu")
+    for x, c in zip(whole.x, whole.c.tolist(), strict=True):
+        assert torch.equal(x, latents[c])
+
+
+@pytest.mark.parametrize(
+    ("name", "term", "steps", "share"),
+    [
+        ("progressive", "chord", 40, 0.8),
+        ("consistency", "consistency", 40, 0.85),
+        ("continuous", "tangent", 30, 0.95),
+        ("direct-2", "endpoint", 40, 0.3),
+        ("dmd2-2", "velocity", 30, 0.95),
+    ],
+)
+def test_two_prompts_are_learnt_by_heart(
+    world: Path, caches: Store, name: str, term: str, steps: int, share: float
+) -> None:
+    """On fixed draws, before and after; of DMD2, the loss of the fake is the one that means much.
+
+    The base does not move, nor does any adapter that the method does not train. Continuous
+    consistency is held at the beginning of its warm-up, where its goal does not move.
+    """
+    work = job(world, name, keep_activations=True)
+    (stage, *_) = work.recipe.stages
+    slow = 1e-3 if name == "dmd2-2" else 1e-2  # the fake must keep up with the student
+    rates = {who: Rates(lr=slow if who == "student" else 1e-2, final=0.1) for who in stage.rates}
+    options = {**stage.options, **({"warmup": 10**9} if name == "continuous" else {})}
+    stage = stage.model_copy(update={"rates": rates, "options": options})
+    pairs = work.recipe.pairs and Pairs(n=2, steps=10)
+    bench = factory._bench(changed(work, stages=(stage,), pairs=pairs), caches)
+    objective = bench.objective(stage)
+    turn = next(turn for turn in objective.turns() if turn.name != "student")
+
+    def measured() -> float:
+        draws = [Draw(seed=7, step=k, total=16) for k in range(2)]
+        with torch.no_grad():
+            losses = [turn.loss(bench.supply(7, draw), draw)[term].mean() for draw in draws]
+        return float(torch.stack(losses).mean())
+
+    net = bench.testbed.host.net
+    base = {key: v.clone() for key, v in net.state_dict().items() if "lora_" not in key}
+    before = measured()
+    for record in fit(
+        objective,
+        lambda draw: bench.supply(0, draw),
+        steps=steps,
+        batch_size=4,
+        seed=0,
+        optimisers={who: rate.optimiser() for who, rate in rates.items()},
+    ):
+        assert all(torch.tensor(value).isfinite() for value in record.terms.values())
+    assert measured() < share * before
+    assert all(torch.equal(net.state_dict()[key], v) for key, v in base.items())
+    moved = {
+        who
+        for who, player in bench.players.items()
+        if any(bool(v.any()) for key, v in player.state_dict().items() if "lora_B" in key)
+    }
+    assert moved == set(rates)
+
+
+@pytest.mark.parametrize(("name", "killed_at"), [("progressive", 5), ("dmd2-2", 3)])
+def test_a_killed_training_ends_as_one_that_was_not(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, killed_at: int
+) -> None:
+    """In the second of two stages, and between a fake's turn and the next one of the student."""
+    work = changed(job(world, name), adapter=SMALL)
+    straight = factory.trained(work, store=Store(cache=tmp_path / "a"))
+    seen: list[int] = []
+
+    def trip(record: Record, done: int) -> None:
+        seen.append(done)
+        if seen == list(range(1, killed_at + 1)):
+            raise RuntimeError("the power went out")
+
+    monkeypatch.setattr(factory, "SAVE_SECONDS", 0.0)  # a checkpoint after every step
+    store = Store(cache=tmp_path / "b")
+    with pytest.raises(RuntimeError, match="power"):
+        factory.trained(work, store=store, watch=trip)
+    folders = {path.parent.name for path in (tmp_path / "b" / "work").rglob("step-*")}
+    assert len(folders) == 1
+    resumed = factory.trained(work, store=store, watch=trip)
+    total = sum(stage.steps for stage in work.recipe.stages)
+    assert seen == list(range(1, total + 1))
+    a, b = straight.tensors(), resumed.tensors()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert [line["step"] for line in history(resumed)] == [s.steps for s in work.recipe.stages]
+
+
+def test_checkpoints_hold_adapters_and_optimisers_only(world: Path, caches: Store) -> None:
+    work = changed(job(world, "dmd2-2"), adapter=SMALL)
+    bench = factory._bench(work, caches)
+    names: set[str] = set()
+    stage = work.recipe.stages[0]
+
+    class Spy:
+        def latest(self) -> None:
+            return None
+
+        def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+            names.update(tensors)
+
+    saving = factory.Saving(checkpoints=Spy(), every_steps=1)  # type: ignore[arg-type]
+    shadow = factory.Shadow(of="student", average=bench.players["average"], decay=0.9)
+    records = fit(
+        bench.objective(stage),
+        lambda draw: bench.supply(0, draw),
+        steps=1,
+        batch_size=2,
+        seed=0,
+        optimisers={who: rates.optimiser() for who, rates in stage.rates.items()},
+        shadows=(shadow,),
+        saving=saving,
+    )
+    next(records)
+    kinds = {tuple(name.split("/")[:2]) for name in names}
+    assert kinds == {
+        *(("player", "student"), ("player", "fake"), ("shadow", "0")),
+        *(("adam", "student"), ("adam", "fake")),
+    }
+    assert all("lora_" in name for name in names if not name.startswith("adam"))
+
+
+@pytest.mark.parametrize("name", ["consistency", "direct-2", "dmd2-2"])
+def test_gradients_are_the_same_with_and_without_recomputation(
+    world: Path, caches: Store, name: str
+) -> None:
+    """Adapters that differ are worn between forward and backward; the right one is recomputed."""
+    got: list[dict[str, Tensor]] = []
+    for keep in (True, False):
+        work = job(world, name, keep_activations=keep)
+        bench = factory._bench(changed(work, adapter=SMALL), caches)
+        for k, player in enumerate(bench.players.values()):
+            for _, parameter in player.named_parameters():
+                numbers = torch.Generator().manual_seed(k)
+                with torch.no_grad():
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=numbers))
+        student = bench.players["student"]
+        for _, parameter in student.named_parameters():
+            parameter.requires_grad_(True)
+        turn = bench.objective(work.recipe.stages[0]).turns()[-1]
+        draw = Draw(seed=1, step=0, total=2)
+        losses = turn.loss(bench.supply(1, draw), draw)
+        with bench.testbed.host.wearing("average"):  # somebody else is worn by then
+            torch.stack([loss.sum() for loss in losses.values()]).sum().backward()
+        got.append({n: p.grad for n, p in student.named_parameters() if p.grad is not None})
+    assert turn.moves == ("student",)
+    assert got[0].keys() == got[1].keys() and got[0]
+    for key, gradient in got[0].items():
+        torch.testing.assert_close(got[1][key], gradient, rtol=1e-5, atol=1e-8)
+
+
+# --- what is checked before ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", QWEN_RECIPES)
+def test_recipes_are_published_sizes_at_every_resolution(name: str, size: int) -> None:
+    for profile in ("smoke", "quick", "paper"):
+        recipe = resolve_qwen(name, size=size, profile=profile)
+        assert (recipe.adapter.rank, len(recipe.adapter.targets)) == (64, 14)
+        assert recipe.guidance_scale == 4 and recipe.negative == " "
+        for stage in recipe.stages:
+            rows = -(-stage.batch_size // stage.micro_batches)
+            assert rows * recipe.tokens <= 8192 or rows == 1
+            if "shift" in stage.options:
+                shift = {512: 1.714, 1024: 2.001, 1328: 2.303}[size]
+                assert stage.options["shift"] == pytest.approx(shift, abs=1e-3)
+    assert recipe != resolve_qwen(name, size=size, seed=1)
+    assert QwenRecipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_students_are_trained_at_published_times() -> None:
+    assert student_times(2) == (1.0, 0.7155)
+    assert student_times(4) == (1.0, 0.9, 0.75, 0.5)
+    assert student_times(8) == (1.0, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"recipe": "magic"}, "recipe='magic' is not allowed: choose one of progressive"),
+        ({"recipe": ""}, "recipe='' is not allowed: choose one of progressive"),
+        ({"size": 100}, "size=100 is not allowed: use a multiple of 16"),
+        ({"rank": 0}, "rank=0 is not allowed: use an integer from 1 to 256"),
+        ({"prompts": None}, "prompts=None is not allowed: name a text file"),
+        ({"prompts": Path("nowhere.txt")}, "prompts='nowhere.txt' is not allowed"),
+        ({"images": Path("nowhere")}, "images='given' is not allowed: dmd2-2 learns from prompts"),
+        ({"recipe": "progressive", "images": Path("nowhere")}, "images='nowhere' is not allowed"),
+    ],
+)
+def test_wrong_options_are_one_sentence(world: Path, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadInput) as error:
+        job(world, **{"recipe": "dmd2-2", **options})
+    assert str(error.value).startswith(said)
+
+
+def test_images_and_prompts_must_be_as_many(world: Path, tmp_path: Path) -> None:
+    three = tiny_qwen.write_prompts(tmp_path / "three.txt", "a", "b", "c")
+    with pytest.raises(BadInput, match="there are 2 images; write one prompt for each"):
+        job(world, "progressive", prompts=three, images=world / "images")
+
+
+def _bytes(work: Job, players: Sequence[str], moving: int) -> int:
+    bench_parameters = factory_plan.counted_parameters(work.bundle, work.recipe.adapter)
+    adapter = 4 * bench_parameters.adapter
+    return 4 * bench_parameters.transformer + adapter * (len(players) + 1 + 2 * moving)
+
+
+@pytest.mark.parametrize(
+    ("name", "moving"), [("progressive", 1), ("consistency", 1), ("dmd2-2", 2)]
+)
+def test_the_memory_plan_counts_what_is_held(
+    world: Path, caches: Store, name: str, moving: int
+) -> None:
+    work = changed(job(world, name), adapter=SMALL)
+    players = factory._bench(work, caches).players
+    assert memory_plan(work).phases["training"] == _bytes(work, list(players), moving)
+    on_gpu = memory_plan(dataclasses.replace(work, device="cuda"))
+    assert 2 * on_gpu.base == memory_plan(work).base  # bfloat16
+    assert on_gpu.adapters == memory_plan(work).adapters
+
+
+def test_memory_that_is_short_is_said_with_what_would_fit(world: Path) -> None:
+    work = job(world, "dmd2-2", rank=64)
+    low = max(memory_plan(job(world, "dmd2-2", rank=16)).phases.values())
+    check_memory(work, None)
+    check_memory(work, 10**12)
+    with pytest.raises(MissingPiece, match=r"Training dmd2-2 needs .* --rank 16 would fit\.$"):
+        check_memory(work, low)
+    with pytest.raises(MissingPiece, match=r"a device with .* GB free would do\.$"):
+        check_memory(work, 1000)
+
+
+def test_a_training_without_memory_loads_and_writes_nothing(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(factory, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(factory, "open_testbed", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(MissingPiece, match="before activations"):
+        factory.trained(job(world, "dmd2-2"), store=Store(cache=tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_weights_are_missed_before_anything_is_computed(world: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(world / "model", tmp_path / "model")
+    (model / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(MissingPiece, match=r"The transformer of .* is not complete"):
+        factory.trained(job(world, "dmd2-2", model=str(model)), store=Store(cache=tmp_path / "c"))
+    assert not (tmp_path / "c").exists()

@@ -1,0 +1,400 @@
+"""The factory's testbed against diffusers' own pipeline, on random weights of kilobytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_qwen
+import torch
+from PIL import Image
+from torch import Tensor
+
+from turbo_lab.adapters import AdapterSize
+from turbo_lab.errors import BadInput, MissingPiece
+from turbo_lab.recipes.qwen_image import ADAPTER
+from turbo_lab.sample import final, sample
+from turbo_lab.store import Store
+from turbo_lab.streams import Draw, noise
+from turbo_lab.testbeds import qwen_data, qwen_files, qwen_pictures
+from turbo_lab.testbeds.postcards import pack
+from turbo_lab.testbeds.qwen_data import NULL, Prompts, embedded, items, read_prompts
+from turbo_lab.testbeds.qwen_files import Bundle, counted_parameters, load_vae, located
+from turbo_lab.testbeds.qwen_image import QwenImage, Schedule, open_testbed, tokens_of
+from turbo_lab.testbeds.qwen_pictures import Codec, centre_square, encoded, find_images
+
+TEXTS = ("a cat", "two dogs on the moss, the sign reads 42")
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("qwen") / "tiny"
+    return located(str(tiny_qwen.write_pipeline(folder)))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(cache=tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def prompts(bundle: Bundle, store: Store) -> Prompts:
+    return embedded(bundle, TEXTS, " ", store=store, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def stock(bundle: Bundle) -> Any:
+    from diffusers import QwenImagePipeline
+
+    pipeline = QwenImagePipeline.from_pretrained(bundle.folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def testbed(bundle: Bundle, prompts: Prompts) -> QwenImage:
+    return open_testbed(bundle, prompts, size=SIZE)
+
+
+# --- the field ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_guided_samples_and_pictures_are_those_of_a_stock_pipeline(
+    testbed: QwenImage, bundle: Bundle, stock: Any, scale: float
+) -> None:
+    z = noise(testbed.shape, seed=0, stream="z", indices=range(2))
+    teacher = replace(testbed, guidance_scale=scale).teacher
+    ours = final(sample(teacher, testbed.grid(10), z, torch.arange(2)))
+    call = {
+        "prompt": list(TEXTS),
+        "negative_prompt": [" ", " "],
+        "true_cfg_scale": scale,
+        "num_inference_steps": 10,
+        "height": SIZE,
+        "width": SIZE,
+        "latents": pack(z),
+    }
+    theirs = stock(**call, output_type="latent").images
+    torch.testing.assert_close(pack(ours), theirs, rtol=1e-4, atol=1e-4)
+    pictures = Codec(vae=load_vae(bundle, "cpu")).decode(ours) / 2 + 0.5
+    torch.testing.assert_close(pictures, stock(**call, output_type="pt").images, atol=1e-4, rtol=0)
+
+
+def test_guidance_and_prompts_matter_in_the_tiny_world(testbed: QwenImage) -> None:
+    z = noise(testbed.shape, seed=0, stream="z", indices=range(2))
+    t = torch.full((2,), 0.7)
+    plain, teacher = testbed.plain(z, t, torch.arange(2)), testbed.teacher(z, t, torch.arange(2))
+    other = testbed.plain(z, t, torch.tensor([1, 0]))
+    for v in (teacher, other):
+        assert (v - plain).abs().mean() > 0.02 * plain.abs().mean()
+
+
+def test_pictures_need_not_be_square(testbed: QwenImage) -> None:
+    x = torch.randn(1, 16, 4, 8)
+    net = testbed.host.net
+    v = net(x, torch.ones(1), torch.tensor([0]))
+    assert v.shape == x.shape
+    turned = net(x.transpose(2, 3), torch.ones(1), torch.tensor([0]))
+    assert not torch.allclose(v, turned.transpose(2, 3), atol=1e-3)
+
+
+def test_times_are_rounded_as_the_pipeline_rounds_them(
+    bundle: Bundle, prompts: Prompts, stock: Any
+) -> None:
+    """In bfloat16, where it shows: what reaches the time embedding is compared."""
+    from diffusers import QwenImagePipeline
+
+    net = open_testbed(bundle, prompts, size=SIZE).host.net.to(torch.bfloat16)
+    net.dtype = torch.bfloat16  # type: ignore[assignment]
+    seen: list[Tensor] = []
+    net.transformer.time_text_embed.register_forward_pre_hook(  # type: ignore[union-attr]
+        lambda _, inputs: seen.append(inputs[0])
+    )
+    pipeline = QwenImagePipeline(**{**stock.components, "transformer": net.transformer})
+    pipeline.set_progress_bar_config(disable=True)
+    embeds, mask = prompts.padded([0, 1])
+    z = torch.randn(2, 16, 8, 8, dtype=torch.bfloat16)
+    pipeline(
+        prompt_embeds=embeds.bfloat16(),
+        prompt_embeds_mask=mask,
+        num_inference_steps=12,
+        height=SIZE,
+        width=SIZE,
+        latents=pack(z),
+        output_type="latent",
+    )
+    theirs = [float(t[0]) for t in seen]
+    seen.clear()
+    grid = Schedule.of(bundle).grid(12, tokens_of(SIZE))
+    with torch.no_grad():
+        for t in grid[:-1]:
+            net(z, t.expand(2), torch.arange(2))
+    assert [float(t[0]) for t in seen] == theirs
+
+
+@pytest.mark.parametrize("size", [512, 1024, 1328])
+@pytest.mark.parametrize("steps", [10, 50])
+def test_the_schedule_is_the_schedulers(bundle: Bundle, stock: Any, size: int, steps: int) -> None:
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+
+    mu = calculate_shift((size // 16) ** 2, 256, 8192, 0.5, 0.9)
+    stock.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
+    ours = Schedule.of(bundle).grid(steps, tokens_of(size))
+    torch.testing.assert_close(ours, stock.scheduler.sigmas, rtol=1e-5, atol=1e-6)
+
+
+# --- prompts ------------------------------------------------------------------------------------
+
+
+def test_embeddings_are_those_of_the_stock_pipeline(prompts: Prompts, stock: Any) -> None:
+    with torch.no_grad():
+        theirs, their_mask = stock.encode_prompt(list(TEXTS))
+        null, null_mask = stock.encode_prompt([" "])
+    embeds, mask = prompts.padded([0, 1])
+    torch.testing.assert_close(embeds, theirs, rtol=1e-4, atol=1e-4)
+    assert mask is not None and torch.equal(mask, their_mask.bool())
+    assert null_mask is None
+    embeds, mask = prompts.padded([NULL, NULL])
+    torch.testing.assert_close(embeds, null.expand(2, -1, -1), rtol=1e-4, atol=1e-4)
+    assert mask is None
+
+
+def test_a_longer_list_reuses_whole_shards_and_a_known_one_loads_nothing(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(cache=tmp_path)
+    monkeypatch.setattr(qwen_data, "PER_SHARD", {"prompts": 2})
+    sizes: list[int] = []
+    honest = qwen_data._embed
+
+    def counting(pipeline: Any, texts: Any, numbers: Any) -> dict[int, Tensor]:
+        sizes.append(len(numbers))
+        return honest(pipeline, texts, numbers)
+
+    monkeypatch.setattr(qwen_data, "_embed", counting)
+    short = embedded(bundle, ["a", "b", "c"], " ", store=store, device="cpu")
+    assert sizes == [2, 1, 1]  # and the negative prompt
+    sizes.clear()
+    longer = embedded(bundle, ["a", "b", "c", "d"], " ", store=store, device="cpu")
+    assert sizes == [2]
+    assert torch.equal(short.rows[1], longer.rows[1])
+    monkeypatch.setattr(qwen_data, "load_text", lambda *_: pytest.fail("it was loaded again"))
+    again = embedded(bundle, ["a", "b", "c"], " ", store=store, device="cpu")
+    assert torch.equal(again.rows[2], short.rows[2])
+
+
+def test_prompt_files_are_read_and_refused_in_one_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\n\n  a dog \n", encoding="utf-8")
+    assert read_prompts(file) == ("a cat", "a dog")
+    file.write_text("\n")
+    with pytest.raises(BadInput, match="it is empty"):
+        read_prompts(file)
+    file.write_bytes(b"\xff\xfe\x00")
+    for wrong in (file, tmp_path / "nowhere.txt", tmp_path):
+        with pytest.raises(BadInput, match="UTF-8 text file with one prompt per line"):
+            read_prompts(wrong)
+
+
+def test_items_come_in_a_new_order_each_time_and_slice_by_rows() -> None:
+    rounds = [items(Draw(seed=0, step=k, total=4), 6, seed=3) for k in range(6)]
+    flat = [i for some in rounds for i in some]
+    epochs = [flat[k : k + 6] for k in range(0, 24, 6)]
+    assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    whole = Draw(seed=0, step=2, total=4)
+    parts = [items(whole.rows(a, b), 6, seed=3) for a, b in ((0, 1), (1, 4))]
+    assert parts[0] + parts[1] == rounds[2]
+
+
+# --- pictures -----------------------------------------------------------------------------------
+
+
+def test_latents_are_normalised_as_the_edit_pipeline_does(bundle: Bundle) -> None:
+    from diffusers import QwenImageEditPipeline
+
+    codec = Codec(vae=load_vae(bundle, "cpu"))
+    images = torch.rand(2, 3, 32, 48) * 2 - 1
+    with torch.no_grad():
+        theirs = QwenImageEditPipeline._encode_vae_image(
+            SimpleNamespace(vae=codec.vae, latent_channels=16), images[:, :, None], generator=None
+        )
+    torch.testing.assert_close(codec.encode(images), theirs[:, :, 0], rtol=1e-5, atol=1e-5)
+    assert codec.encode(images).shape == (2, 16, 4, 6)
+
+
+def test_pictures_are_cut_to_the_middle_and_upright(tmp_path: Path) -> None:
+    stripes = np.zeros((32, 64, 3), dtype=np.uint8)
+    stripes[:, 16:48] = 255  # the middle square is white
+    image = Image.fromarray(stripes)
+    image.save(tmp_path / "wide.png")
+    assert torch.equal(centre_square(tmp_path / "wide.png", 32), torch.ones(3, 32, 32))
+    half = np.zeros((32, 32, 3), dtype=np.uint8)
+    half[:, :16] = 255  # white on the left; turned by the camera's note it is white on top
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(half).save(tmp_path / "turned.png", exif=turned)
+    got = centre_square(tmp_path / "turned.png", 32)
+    assert (got[:, :16] == 1).all() and (got[:, 16:] == -1).all()
+
+
+def test_encoding_goes_on_where_it_was_killed(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = find_images(tiny_qwen.write_images(tmp_path / "images", n=5), size=32)
+    monkeypatch.setattr(qwen_pictures, "PER_SHARD", {"latents": 2})
+    monkeypatch.setattr(qwen_data, "PER_SHARD", {"latents": 2})
+    seen: list[str] = []
+    honest = qwen_pictures.centre_square
+
+    def trip(file: Path, size: int) -> Tensor:
+        if len(seen) == 3:
+            seen.append("killed")
+            raise KeyboardInterrupt
+        seen.append(file.name)
+        return honest(file, size)
+
+    monkeypatch.setattr(qwen_pictures, "centre_square", trip)
+    store = Store(cache=tmp_path / "cache")
+    with pytest.raises(KeyboardInterrupt):
+        encoded(bundle, files, size=32, store=store, device="cpu")
+    rows = encoded(bundle, files, size=32, store=store, device="cpu")
+    assert seen == ["00.png", "01.png", "02.png", "killed", "02.png", "03.png", "04.png"]
+    codec = Codec(vae=load_vae(bundle, "cpu"))
+    assert torch.equal(rows[4], codec.encode(honest(files[4], 32)[None])[0])
+
+
+def test_folders_of_images_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:
+    folder = tiny_qwen.write_images(tmp_path / "images", n=2)
+    assert [file.name for file in find_images(folder, size=64)] == ["00.png", "01.png"]
+    with pytest.raises(BadInput, match=r"80 x 64 pixels, and both must be at least 512"):
+        find_images(folder, size=512)
+    (folder / "02.png").write_bytes(b"no image")
+    with pytest.raises(BadInput, match=r"02.png.*it is no image that can be read"):
+        find_images(folder, size=64)
+    for wrong in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(BadInput, match=r"^images="):
+            find_images(wrong, size=64)
+
+
+# --- the files ----------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_nowhere_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    def unreachable(*_: Any, **__: Any) -> str:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    for model, why in (
+        (str(tmp_path), "no model_index.json there"),
+        (str(tmp_path / "nowhere"), "no folder"),
+        ("somebody/some-model", "the hub says LocalEntryNotFoundError"),
+    ):
+        with pytest.raises(MissingPiece, match="There is no pipeline") as error:
+            located(model)
+        assert why in str(error.value) and str(error.value).count(".\n") == 0
+
+
+def test_the_hub_is_asked_for_settings_first_and_for_weights_of_a_part_later(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked: list[Any] = []
+
+    def served(model: str, *, allow_patterns: list[str], revision: str | None) -> str:
+        asked.append((model, allow_patterns, revision))
+        return str(bundle.folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", served)
+    remote = located("somebody/some-model")
+    assert not any("safetensors" in pattern for pattern in asked[0][1])
+    remote.weights("transformer")
+    assert asked[1] == ("somebody/some-model", ["transformer/*"], bundle.folder.name)
+    assert remote.identity("vae")["commit"] == bundle.folder.name
+
+
+def test_other_pipelines_and_settings_are_refused(bundle: Bundle, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(bundle.folder, folder)
+    for file, key, value, said in (
+        ("model_index.json", "transformer", ["diffusers", "FluxTransformer2DModel"], "Flux"),
+        ("transformer/config.json", "zero_cond_t", True, "zero_cond_t of the transformer is True"),
+        ("scheduler/scheduler_config.json", "use_dynamic_shifting", False, "use_dynamic_shifting"),
+    ):
+        path = folder / file
+        honest = path.read_text()
+        path.write_text(json.dumps({**json.loads(honest), key: value}))
+        with pytest.raises(BadInput, match=said):
+            located(str(folder))
+        path.write_text(honest)
+    (folder / "vae" / "config.json").unlink()
+    with pytest.raises(MissingPiece, match=r"vae.config.json is missing"):
+        located(str(folder))
+
+
+def test_missing_and_damaged_weights_are_one_sentence(bundle: Bundle, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(bundle.folder, folder)
+    copy = located(str(folder))
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(MissingPiece, match=r"The transformer of .* cannot be loaded"):
+        qwen_files.load_transformer(copy, "cpu")
+    weights.unlink()
+    with pytest.raises(MissingPiece, match=r"its safetensors weights is missing"):
+        qwen_files.load_transformer(copy, "cpu")
+    index = {"weight_map": {"a": "part-1.safetensors"}}
+    (weights.parent / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(MissingPiece, match=r"part-1.safetensors is missing"):
+        copy.weights("transformer")
+
+
+def test_identity_follows_the_bytes_and_not_the_place(bundle: Bundle, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(bundle.folder, folder)
+    copy = located(str(folder))
+    assert copy.identity("transformer") == bundle.identity("transformer")
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-7] ^= 1
+    weights.write_bytes(data)
+    assert copy.identity("transformer") != bundle.identity("transformer")
+    assert copy.identity("vae") == bundle.identity("vae")
+
+
+def test_parameters_are_counted_without_weights(bundle: Bundle, testbed: QwenImage) -> None:
+    size = AdapterSize(rank=3, alpha=3, targets=("to_q", "img_mod.1", "txt_mlp.net.2"))
+    counts = counted_parameters(bundle, size)
+    assert counts.transformer == sum(p.numel() for p in testbed.host.net.parameters())
+    assert counts.vae == sum(p.numel() for p in load_vae(bundle, "cpu").parameters())
+    assert counts.text_encoder == sum(
+        p.numel() for p in qwen_files.load_text(bundle, "cpu").text_encoder.parameters()
+    )
+    fresh = open_testbed(bundle, testbed.host.net.prompts, size=SIZE)  # type: ignore[arg-type]
+    student = fresh.spawn("student", size, seed=0)
+    assert counts.adapter == sum(p.numel() for _, p in student.named_parameters())
+    with pytest.raises(BadInput, match="targets='to_w'"):
+        counted_parameters(bundle, AdapterSize(targets=("to_w",)))
+
+
+def test_the_real_transformer_has_the_published_size(bundle: Bundle, tmp_path: Path) -> None:
+    """20.43 billion, and 18.43 MB in bfloat16 for each rank of an adapter on 14 modules."""
+    folder = tmp_path / "settings"
+    shutil.copytree(bundle.folder, folder)
+    (folder / "transformer" / "config.json").write_text("{}")  # the defaults of diffusers
+    counts = counted_parameters(located(str(folder)), ADAPTER)
+    assert counts.transformer == pytest.approx(20.43e9, rel=1e-3)
+    assert 2 * counts.adapter / ADAPTER.rank == pytest.approx(18.43e6, rel=1e-3)

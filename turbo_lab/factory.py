@@ -1,0 +1,209 @@
+"""Training on Qwen-Image: from a checked job to an artefact.
+
+One frozen base is loaded once. Student, average and, where a method asks for them, the student of
+the stage before and a fake are adapters on it; the teacher is the base with none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from turbo_lab.adapters import Worn
+from turbo_lab.atomic import atomic_write_text, save_tensors
+from turbo_lab.factory_plan import (
+    Job,
+    check_memory,
+    check_weights,
+    fields_of,
+    free_memory,
+    has_before,
+    rivals,
+)
+from turbo_lab.fit import Batch, Objective, Record, Saving, Shadow, fit
+from turbo_lab.history import TrainingHistory
+from turbo_lab.methods import METHODS
+from turbo_lab.progress import progress
+from turbo_lab.recipes.qwen_image import PASS_TOKENS, QwenRecipe, QwenStage
+from turbo_lab.store import Artefact, Checkpoints, Store
+from turbo_lab.streams import Draw, seed_for
+from turbo_lab.testbeds.qwen_data import (
+    PairPlan,
+    Rows,
+    drawn_pairs,
+    embedded,
+    image_batch,
+    pair_batch,
+    prompt_batch,
+)
+from turbo_lab.testbeds.qwen_image import QwenImage, open_testbed
+from turbo_lab.testbeds.qwen_pictures import encoded
+
+SAVE_SECONDS = 600.0
+"""Seconds between two checkpoints; one of a rank-64 student with a fake has some 17 GB."""
+
+Watch = Callable[[Record, int], None]
+"""Called after each step with its record and the number of steps done, all stages counted."""
+Supply = Callable[[int, Draw], Batch]
+"""The batch of a draw, in the order that the seed of a stage gives the data."""
+
+
+def trained(
+    job: Job, *, store: Store | None = None, fresh: bool = False, watch: Watch | None = None
+) -> Artefact:
+    """Return the artefact of a training: from the store, else trained now.
+
+    Each stage is an artefact with ``weights.safetensors`` (the averaged adapter, float32, named as
+    PEFT does), ``history.jsonl`` and ``recipe.json``. A killed run continues from its last
+    checkpoint, bit for bit; so do its caches. ``fresh`` trains again, from the same caches.
+
+    Raises:
+        MissingPiece: weights are missing or damaged, or memory is short.
+        NonFinite: a loss stopped being a number.
+    """
+    store, specs = store or Store.default(), job.specs()
+    if not fresh and (found := store.find(job.artefact, specs[-1])):
+        return found
+    check_memory(job, free_memory(job.device))
+    check_weights(job)
+    bench = cache(partial(_bench, job, store))
+    made: Artefact | None = None
+    for k, spec in enumerate(specs):
+        make = partial(_make, job, k, store, bench, made, watch or _unwatched)
+        made = store.get_or_make(job.artefact, spec, make, fresh=fresh)
+    assert made is not None
+    return made
+
+
+def train_with_progress(job: Job, *, fresh: bool = False, store: Store | None = None) -> Artefact:
+    """`trained`, with progress shown."""
+    total = sum(stage.steps for stage in job.recipe.stages)
+    with progress(total, f"training {job.recipe.name}") as tick:
+
+        def watch(record: Record, done: int) -> None:
+            tick(done, f"loss {sum(record.terms.values()):.3f}")
+
+        return trained(job, store=store, fresh=fresh, watch=watch)
+
+
+def _unwatched(record: Record, done: int) -> None:
+    """Watch nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What the stages of a training share: the loaded testbed, its players and the data."""
+
+    testbed: QwenImage
+    players: Mapping[str, Worn]
+    supply: Supply
+
+    def objective(self, stage: QwenStage) -> Objective:
+        """Build the method of a stage from the pieces it has fields for."""
+        taught = {"guided": self.testbed.teacher, "before": self.players.get("before")}
+        pieces: dict[str, Any] = {
+            **{name: self.players[name] for name in self.players if name != "before"},
+            "plain": self.testbed.plain,
+            "null": self.testbed.null,
+        }
+        if stage.teacher is not None:
+            pieces["teacher"] = taught[stage.teacher]
+        wanted = fields_of(stage) & pieces.keys()
+        return METHODS[stage.method](**{name: pieces[name] for name in wanted}, **stage.options)
+
+
+def _bench(job: Job, store: Store) -> Bench:
+    """Fill the caches, load the base, and put the players on it."""
+    recipe, place = job.recipe, job.device
+    prompts = embedded(job.bundle, job.prompts, recipe.negative, store=store, device=place)
+    latents = None
+    if recipe.source == "images":
+        latents = encoded(job.bundle, job.images, size=recipe.size, store=store, device=place)
+    testbed = open_testbed(
+        job.bundle,
+        prompts,
+        size=recipe.size,
+        guidance_scale=recipe.guidance_scale,
+        device=place,
+    )
+    supply = _supply(job, testbed, latents, store)  # draws pairs from a base without adapters
+    if not job.keep_activations:
+        testbed.host.checkpointing()
+    return Bench(testbed=testbed, players=_players(recipe, testbed), supply=supply)
+
+
+def _supply(job: Job, testbed: QwenImage, latents: Rows | None, store: Store) -> Supply:
+    """Latents of images if there are any, else samples of the teacher or prompts alone."""
+    if latents is not None:
+        return partial(image_batch, latents, len(job.images), job.device)
+    if job.recipe.pairs is None:
+        return partial(prompt_batch, len(job.prompts), testbed.shape, job.device)
+    plan = PairPlan(
+        identity={
+            "model": job.bundle.identity("transformer"),
+            "encoder": job.bundle.identity("text_encoder"),
+            "guidance_scale": job.recipe.guidance_scale,
+            "negative": job.recipe.negative,
+            "device": job.device,
+        },
+        prompts=job.prompts,
+        grid=testbed.grid(job.recipe.pairs.steps),
+        shape=testbed.shape,
+        n=job.recipe.pairs.n,
+        seed=seed_for(job.recipe.seed, "pairs"),
+        at_once=max(1, PASS_TOKENS // job.recipe.tokens),
+        device=job.device,
+    )
+    return partial(pair_batch, drawn_pairs(plan, testbed.teacher, store), job.device)
+
+
+def _players(recipe: QwenRecipe, testbed: QwenImage) -> dict[str, Worn]:
+    """The adapters of a recipe, all of them starting as the base."""
+    student = testbed.spawn("student", recipe.adapter, seed=recipe.seed)
+    copies = ("average", "before") if has_before(recipe) else ("average",)
+    return {
+        "student": student,
+        **{name: testbed.host.copy(student, name) for name in copies},
+        **{name: testbed.spawn(name, recipe.adapter, seed=recipe.seed) for name in rivals(recipe)},
+    }
+
+
+def _make(
+    job: Job,
+    k: int,
+    store: Store,
+    opened: Callable[[], Bench],
+    before: Artefact | None,
+    watch: Watch,
+    folder: Path,
+) -> None:
+    """Train stage k from the artefact of the stage before it."""
+    bench, stage, spec = opened(), job.recipe.stages[k], job.specs()[k]
+    if before is not None:
+        for name in {"student", "average", "before"} & bench.players.keys():
+            bench.players[name].load_state_dict(before.tensors())
+    work = store.workdir(job.artefact, spec)
+    lines = TrainingHistory(work / "history.jsonl", stage=k + 1)
+    earlier = sum(s.steps for s in job.recipe.stages[:k])
+    seed = seed_for(job.recipe.seed, "stage", k) if k else job.recipe.seed
+    for record in fit(
+        bench.objective(stage),
+        partial(bench.supply, seed),
+        steps=stage.steps,
+        batch_size=stage.batch_size,
+        micro_batches=stage.micro_batches,
+        seed=seed,
+        optimisers={name: rates.optimiser() for name, rates in stage.rates.items()},
+        shadows=(Shadow(of="student", average=bench.players["average"], decay=stage.ema),),
+        saving=Saving(checkpoints=Checkpoints(folder=work), every_seconds=SAVE_SECONDS),
+    ):
+        lines.add(record, last=record.step == stage.steps)
+        watch(record, earlier + record.step)
+    save_tensors(folder, "weights.safetensors", bench.players["average"].state_dict())
+    so_far = before.file("history.jsonl").read_text("utf-8") if before is not None else ""
+    atomic_write_text(folder / "history.jsonl", so_far + lines.text())
+    atomic_write_text(folder / "card.json", json.dumps({"model": job.bundle.model}))

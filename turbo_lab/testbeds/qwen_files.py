@@ -1,0 +1,315 @@
+"""Where a Qwen-Image pipeline lies, how large it is, and how its parts are loaded.
+
+A pipeline is a folder, or an id on a hub, as diffusers writes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from turbo_lab.adapters import AdapterSize
+from turbo_lab.errors import BadInput, MissingPiece
+
+DEFAULT_MODEL = "Qwen/Qwen-Image-2512"
+CHANNELS = 16
+SCALE = 8
+"""Pixels along one latent; a token is 2x2 latents."""
+CLASSES: Mapping[str, str] = {
+    "transformer": "QwenImageTransformer2DModel",
+    "vae": "AutoencoderKLQwenImage",
+    "text_encoder": "Qwen2_5_VLForConditionalGeneration",
+    "scheduler": "FlowMatchEulerDiscreteScheduler",
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SAMPLES, _SAMPLE_BYTES = 16, 65_536
+
+
+# --- where a pipeline lies ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A Qwen-Image pipeline on disk; build it with `located`.
+
+    Attributes:
+        model: what was asked for, a folder or an id.
+        folder: where its settings lie, and the weights of a local pipeline.
+        commit: of the hub; None for a local folder.
+    """
+
+    model: str
+    folder: Path
+    commit: str | None = None
+
+    def config(self, part: str) -> dict[str, Any]:
+        """Return the settings of a part.
+
+        Raises:
+            MissingPiece: they are missing or not JSON.
+        """
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        return _json(self.folder / part / name)
+
+    def identity(self, part: str) -> dict[str, str]:
+        """Return what tells this part from any other: the hub's commit, or a hash of its files.
+
+        Of a large file the hash covers size, both ends and 16 samples between them.
+
+        Raises:
+            MissingPiece: a local part has no weights.
+        """
+        if self.commit is not None:
+            return {"part": part, "model": self.model, "commit": self.commit}
+        folder = self.folder / part
+        files = sorted(f for f in folder.glob("*") if f.suffix in (".json", ".safetensors", ".txt"))
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            digest.update(_sampled(file))
+        return {"part": part, "sha256": digest.hexdigest()}
+
+    def weights(self, part: str) -> Path:
+        """Return the folder of a part with its weights, fetched from the hub if need be.
+
+        Raises:
+            MissingPiece: a file of weights is missing, or the hub does not answer.
+        """
+        if self.commit is not None:
+            _fetched(self.model, [f"{part}/*"], revision=self.commit)
+        folder = self.folder / part
+        indices = list(folder.glob("*.safetensors.index.json"))
+        named = {name for index in indices for name in _json(index)["weight_map"].values()}
+        missing = sorted(name for name in named if not (folder / name).is_file())
+        if missing or not any(folder.glob("*.safetensors")):
+            what = missing[0] if missing else "its safetensors weights"
+            raise MissingPiece(f"The {part} of {self.model} is not complete: {what} is missing.")
+        return folder
+
+
+def located(model: str) -> Bundle:
+    """Find a pipeline and check that it is a Qwen-Image; no weights are fetched or read.
+
+    Args:
+        model: a folder written by ``save_pretrained``, or an id on the hub.
+
+    Raises:
+        BadInput: it is another kind of pipeline.
+        MissingPiece: neither a folder nor the hub has it.
+    """
+    folder, commit = Path(model).expanduser(), None
+    if not (folder / "model_index.json").is_file():
+        if folder.exists() or not _HUB_ID.fullmatch(model):
+            raise _nowhere(model, "no model_index.json there" if folder.exists() else "no folder")
+        folder = _fetched(model, ["*.json", "*/*.json", "tokenizer/*"])
+        commit = folder.name
+    bundle = Bundle(model=model, folder=folder, commit=commit)
+    _check_parts(bundle)
+    return bundle
+
+
+def _check_parts(bundle: Bundle) -> None:
+    index = _json(bundle.folder / "model_index.json")
+    for part, wanted in CLASSES.items():
+        found = (index.get(part) or [None, None])[-1]
+        if found != wanted:
+            raise BadInput("model", bundle.model, f"its {part} is {found}; it must be {wanted}")
+    net, vae = bundle.config("transformer"), bundle.config("vae")
+    scheduler = bundle.config("scheduler")
+    facts = {
+        "in_channels of the transformer": (net.get("in_channels", 64), 4 * CHANNELS),
+        "out_channels of the transformer": (net.get("out_channels", 16), CHANNELS),
+        "patch_size of the transformer": (net.get("patch_size", 2), 2),
+        "z_dim of the vae": (vae.get("z_dim", 16), CHANNELS),
+        "downsampling of the vae": (2 ** len(vae.get("temperal_downsample", [0, 1, 1])), SCALE),
+        "use_dynamic_shifting of the scheduler": (scheduler.get("use_dynamic_shifting"), True),
+        "time_shift_type of the scheduler": (
+            scheduler.get("time_shift_type", "exponential"),
+            "exponential",
+        ),
+        **{
+            f"{option} of the transformer": (bool(net.get(option, False)), False)
+            for option in (
+                *("guidance_embeds", "zero_cond_t"),
+                *("use_additional_t_cond", "use_layer3d_rope"),
+            )
+        },
+    }
+    for what, (found, needed) in facts.items():
+        if found != needed:
+            raise BadInput("model", bundle.model, f"{what} is {found}; it must be {needed}")
+
+
+def _fetched(model: str, patterns: list[str], revision: str | None = None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns, revision=revision))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise _nowhere(model, f"the hub says {type(error).__name__}") from error
+
+
+def _nowhere(model: str, why: str) -> MissingPiece:
+    return MissingPiece(
+        f"There is no pipeline {model!r} ({why}): give a folder written by save_pretrained, or an "
+        f"id such as {DEFAULT_MODEL} on a hub that can be reached."
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError) as error:
+        raise MissingPiece(f"{path} is missing or not JSON ({type(error).__name__}).") from None
+
+
+def _sampled(file: Path) -> bytes:
+    """Return the SHA-256 of a file, or of its ends and even samples if it is large."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        if size <= (_SAMPLES + 2) * _SAMPLE_BYTES:
+            return hashlib.sha256(opened.read()).digest()
+        digest = hashlib.sha256()
+        for k in range(_SAMPLES + 2):
+            opened.seek((size - _SAMPLE_BYTES) * k // (_SAMPLES + 1))
+            digest.update(opened.read(_SAMPLE_BYTES))
+        return digest.digest()
+
+
+# --- how large it is ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Parameters of the parts, and of one adapter on the transformer."""
+
+    transformer: int
+    adapter: int
+    text_encoder: int
+    vae: int
+
+
+def counted_parameters(bundle: Bundle, adapter: AdapterSize) -> Counts:
+    """Count parameters from the settings alone, by building the networks without memory.
+
+    Raises:
+        BadInput: a target of the adapter is no linear layer of the transformer.
+    """
+    from accelerate import init_empty_weights
+    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+    from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+
+    with _loading(bundle, "transformer"), init_empty_weights():
+        net = QwenImageTransformer2DModel.from_config(bundle.config("transformer"))
+    with _loading(bundle, "vae"), init_empty_weights():
+        vae = AutoencoderKLQwenImage.from_config(bundle.config("vae"))
+    with _loading(bundle, "text_encoder"), init_empty_weights():
+        config = AutoConfig.from_pretrained(bundle.folder / "text_encoder")
+        encoder = Qwen2_5_VLForConditionalGeneration(config)
+    return Counts(
+        transformer=_size(net),
+        adapter=_adapter_size(net, adapter),
+        text_encoder=_size(encoder),
+        vae=_size(vae),
+    )
+
+
+def _size(net: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def _adapter_size(net: nn.Module, adapter: AdapterSize) -> int:
+    """``rank (in + out)`` for every linear layer that a target names."""
+    linears = {path: m for path, m in net.named_modules() if isinstance(m, nn.Linear)}
+    total = 0
+    for target in adapter.targets:
+        hits = [m for path, m in linears.items() if path == target or path.endswith(f".{target}")]
+        if not hits:
+            raise BadInput("targets", target, "use names of linear layers of the transformer")
+        total += sum(adapter.rank * (m.in_features + m.out_features) for m in hits)
+    return total
+
+
+# --- loading ------------------------------------------------------------------------------------
+
+
+def dtype_on(device: str) -> torch.dtype:
+    """Weights are bfloat16 on a GPU and float32 on a CPU."""
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def load_transformer(bundle: Bundle, device: str) -> nn.Module:
+    """Load the transformer straight to its device, in eval mode.
+
+    Raises:
+        MissingPiece: weights are missing or damaged.
+    """
+    from diffusers import QwenImageTransformer2DModel
+
+    folder = bundle.weights("transformer")
+    with _loading(bundle, "transformer"):
+        net: nn.Module = QwenImageTransformer2DModel.from_pretrained(
+            folder, torch_dtype=dtype_on(device), device_map={"": device}, use_safetensors=True
+        )
+    return net.eval()
+
+
+def load_vae(bundle: Bundle, device: str) -> Any:
+    """Load the VAE, in eval mode.
+
+    Raises:
+        MissingPiece: weights are missing or damaged.
+    """
+    from diffusers import AutoencoderKLQwenImage
+
+    folder = bundle.weights("vae")
+    with _loading(bundle, "vae"):
+        vae = AutoencoderKLQwenImage.from_pretrained(
+            folder, torch_dtype=dtype_on(device), use_safetensors=True
+        )
+    return vae.to(device).eval()
+
+
+def load_text(bundle: Bundle, device: str) -> Any:
+    """Load a stock pipeline of text encoder and tokenizer alone.
+
+    Raises:
+        MissingPiece: weights are missing or damaged.
+    """
+    from diffusers import QwenImagePipeline
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+    folder = bundle.weights("text_encoder")
+    with _loading(bundle, "text_encoder"):
+        encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype_on(device), use_safetensors=True
+        )
+        tokenizer = Qwen2Tokenizer.from_pretrained(bundle.folder / "tokenizer")
+    parts = {"scheduler": None, "vae": None, "transformer": None}
+    return QwenImagePipeline(**parts, text_encoder=encoder.to(device).eval(), tokenizer=tokenizer)
+
+
+@contextmanager
+def _loading(bundle: Bundle, part: str) -> Iterator[None]:
+    """Say in one sentence what could not be loaded; lack of memory keeps its own words."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MissingPiece, BadInput):
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise MissingPiece(
+            f"The {part} of {bundle.model} cannot be loaded ({type(error).__name__}: {why})."
+        ) from error

@@ -1,0 +1,125 @@
+"""Real images for Qwen-Image: its VAE, and a folder of pictures as cached latents."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turbo_lab.errors import BadInput
+from turbo_lab.store import Store
+from turbo_lab.testbeds.qwen_data import PER_SHARD, Make, Rows, cached_rows, chunks, release
+from turbo_lab.testbeds.qwen_files import Bundle, load_vae
+
+IMAGES = (".jpeg", ".jpg", ".png", ".webp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codec:
+    """The VAE between images and normalised latents."""
+
+    vae: Any
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images ``[B, 3, H, W]`` in [-1, 1] to latents ``[B, 16, H/8, W/8]``, float32.
+
+        ``(mode - mean) / std`` with the VAE's own mean and std per channel.
+        """
+        frames = images.to(self.vae.device, self.vae.dtype)[:, :, None]
+        mode = self.vae.encode(frames).latent_dist.mode()[:, :, 0].float()
+        mean, std = self._moments(mode)
+        return (mode - mean) / std
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents ``[B, 16, h, w]`` to images ``[B, 3, 8h, 8w]`` in [-1, 1], float32."""
+        latents = latents.to(self.vae.device)
+        mean, std = self._moments(latents)
+        frames = (latents * std + mean).to(self.vae.dtype)[:, :, None]
+        images: Tensor = self.vae.decode(frames, return_dict=False)[0][:, :, 0]
+        return images.float()
+
+    def _moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.vae.config
+        both = (torch.tensor(numbers) for numbers in (config.latents_mean, config.latents_std))
+        mean, std = (numbers.to(like).view(1, -1, 1, 1) for numbers in both)
+        return mean, std
+
+
+def find_images(folder: Path, *, size: int) -> tuple[Path, ...]:
+    """Return the images of a folder in the order of their names.
+
+    Raises:
+        BadInput: there is no such folder, no image in it, or one that cannot be read or is smaller
+            than ``size`` pixels on a side.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    kinds = ", ".join(IMAGES)
+    if not folder.is_dir():
+        raise BadInput("images", str(folder), f"name a folder with {kinds} files")
+    files = tuple(sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGES))
+    if not files:
+        raise BadInput("images", str(folder), f"it holds none of {kinds}")
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                sides = image.size
+        except (OSError, UnidentifiedImageError):
+            raise BadInput("images", str(file), "it is no image that can be read") from None
+        if min(sides) < size:
+            shape = f"it has {sides[0]} x {sides[1]} pixels, and both must be at least {size}"
+            raise BadInput("images", str(file), shape)
+    return files
+
+
+def file_hash(file: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def encoded(bundle: Bundle, files: Sequence[Path], *, size: int, store: Store, device: str) -> Rows:
+    """Return the latents ``[16, size/8, size/8]`` of images, from the store.
+
+    Args:
+        bundle: the pipeline; its VAE is loaded only if a shard is missing, and freed.
+        files: images, each cut to its central square and resized.
+        size: pixels of the square.
+        store: where shards live.
+        device: where the VAE runs.
+    """
+    settings = {"size": size, "device": device, "vae": bundle.identity("vae")}
+    hashes = [file_hash(file) for file in files]
+    shards = [list(some) for some in chunks(hashes, PER_SHARD["latents"])]
+    specs = [{**settings, "images": some} for some in shards]
+    rows = cached_rows(
+        "latents", specs, len(files), partial(_encoder_of, bundle, device, files, size), store
+    )
+    release()
+    return rows
+
+
+def _encoder_of(bundle: Bundle, device: str, files: Sequence[Path], size: int) -> Make:
+    codec = Codec(vae=load_vae(bundle, device))
+    return lambda numbers: {
+        k: codec.encode(centre_square(files[k], size)[None])[0].cpu() for k in numbers
+    }
+
+
+def centre_square(file: Path, size: int) -> Tensor:
+    """Read an image: its central square, resized, as ``[3, size, size]`` in [-1, 1]."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    with Image.open(file) as opened:
+        image = ImageOps.exif_transpose(opened).convert("RGB")
+    square = ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
