@@ -17,6 +17,7 @@ from turbo_lab import point_students
 from turbo_lab.errors import BadInput, MissingPiece
 from turbo_lab.field import counted, mixture
 from turbo_lab.point_students import (
+    TRAJECTORY,
     PointRecipe,
     base_field,
     base_recipe,
@@ -28,7 +29,7 @@ from turbo_lab.point_students import (
     trained,
     workbench,
 )
-from turbo_lab.recipes import FAMILIES, Pairs, Rates, Stage
+from turbo_lab.recipes import Pairs, Rates, Stage
 from turbo_lab.store import Store
 from turbo_lab.streams import Draw
 from turbo_lab.testbeds.points import points
@@ -95,7 +96,7 @@ def test_a_student_is_the_same_from_its_recipe_alone(tmp_path: Path) -> None:
 def test_what_is_in_the_store_is_not_trained_again(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipes = [student_recipe(family, steps=2, profile="smoke") for family in FAMILIES]
+    recipes = [student_recipe(family, steps=2, profile="smoke") for family in TRAJECTORY]
     first = [weights(distilled(recipe, store=store)) for recipe in recipes]
     forbid_training(monkeypatch)
     for recipe, before in zip(recipes, first, strict=True):

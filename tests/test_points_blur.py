@@ -13,8 +13,7 @@ from scipy.stats import norm
 from test_point_students import TWO, forbid_training, transport
 
 from turbo_lab.errors import BadInput
-from turbo_lab.point_students import path_end
-from turbo_lab.recipes import FAMILIES
+from turbo_lab.point_students import TRAJECTORY, path_end
 from turbo_lab.store import Store
 from turbo_lab.studies.points_blur import (
     BUDGETS,
@@ -88,7 +87,7 @@ def table_of(rates: dict[int, float], seeds: int = 3, samples: int = 200) -> pd.
             "method": m, "steps": n, "seed": s, "sample": i, "key": "k",
             "sigmas": 4.0 if i < rates[n] * samples else 0.0, "outside": i < rates[n] * samples,
         }
-        for m, n, s, i in product(FAMILIES, STEPS, range(seeds), range(samples))
+        for m, n, s, i in product(TRAJECTORY, STEPS, range(seeds), range(samples))
     ]  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -115,7 +114,7 @@ def test_the_smoke_study_runs_and_runs_again_from_the_store(
 ) -> None:
     store = Store(cache=tmp_path)
     table, maps = student_table(SMOKE, store=store), optimal_maps(SMOKE, store=store)
-    assert len(table) == len(FAMILIES) * len(STEPS) * SMOKE.seeds * SMOKE.samples
+    assert len(table) == len(TRAJECTORY) * len(STEPS) * SMOKE.seeds * SMOKE.samples
     found = shares(table)
     assert (found["low"] <= found["value"]).all() and (found["value"] <= found["high"]).all()
     assert [c.id for c in claims(table, "smoke")] == ["P1", "P2"]

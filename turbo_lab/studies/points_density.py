@@ -21,7 +21,9 @@ NOTHING = -80.0
 """Log of a density that adds nothing to a divergence, whatever the other one is there."""
 FAR = 6.0
 """How far the quadrature reaches beyond samples and modes, in their widths."""
-TINY = 1e-280
+LOWEST = -300.0
+"""Logarithm of the smallest scaled kernel; their products are far from the end of float64."""
+TINY = 1e-110
 """Below it, a sum of scaled kernels is taken in logarithms, which is slow."""
 
 
@@ -82,20 +84,25 @@ def log_kernels(x: Tensor, plane: Plane, h: float, needed: Tensor | None = None)
         x: the samples.
         plane: where.
         h: width.
-        needed: ``[G, G]`` bool, where it has to be exact although it is below about 1e-280 of
+        needed: ``[G, G]`` bool, where it has to be exact although it is below about 1e-110 of
             what is near in each coordinate; None for everywhere.
     """
-    x = x.double()
-    along = (-((plane.axis - x[..., None]) ** 2) / (2 * h**2)).unbind(1)  # two of [N, G]
-    most = [one.amax(0) for one in along]
-    sums = (along[0] - most[0]).exp().T @ (along[1] - most[1]).exp()
-    out = sums.clamp_min(TINY).log() + most[0][:, None] + most[1]
+    first, second = (-((plane.axis[:, None] - one) ** 2) / (2 * h**2) for one in x.double().T)
+    most = first.amax(1)[:, None] + second.amax(1)
+    sums = _scaled(first) @ _scaled(second).T
+    out = sums.clamp_min(TINY).log() + most
     small = sums < TINY
     rows, columns = (small if needed is None else small & needed).nonzero(as_tuple=True)
     for part in torch.arange(len(rows)).split(2048):  # no sample is near in both coordinates
         i, j = rows[part], columns[part]
-        out[i, j] = (along[0][:, i] + along[1][:, j]).logsumexp(0)
+        both = first[i] + second[j]
+        out[i, j] = both.amax(1) + _scaled(both).sum(1).log()
     return out - math.log(len(x)) - math.log(2 * math.pi * h**2)
+
+
+def _scaled(logits: Tensor) -> Tensor:
+    """Exponentials relative to the largest of each row; exp is slow where it underflows."""
+    return (logits - logits.amax(1, keepdim=True)).clamp_min(LOWEST).exp()
 
 
 def divergence(log_q: Tensor, log_p: Tensor, cell: float) -> float:
@@ -199,4 +206,4 @@ def smoothed(log_p: Tensor, plane: Plane, h: float) -> Tensor:
     """Convolve a density on the plane with N(0, h²), in logarithms, ``[G, G]``."""
     kernel = (-((plane.axis - plane.axis[:, None]) ** 2) / (2 * h**2)).exp()
     kernel = kernel / kernel.sum(1).max()
-    return (kernel @ log_p.exp() @ kernel).clamp_min(TINY).log()
+    return (kernel @ log_p.exp() @ kernel).clamp_min(1e-300).log()

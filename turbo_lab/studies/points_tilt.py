@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from turbo_lab.atomic import save_tensors
 from turbo_lab.field import NULL_LABEL, Field, Mixture, frozen, guided, mixture
 from turbo_lab.fit import Batch, Objective, Optimiser, Shadow, fit
 from turbo_lab.methods import DMD2, Progressive
-from turbo_lab.point_students import RIVAL_ETA, path_end
+from turbo_lab.point_recipes import RIVAL_ETA
+from turbo_lab.point_students import path_end
 from turbo_lab.progress import progress
 from turbo_lab.sample import draw_samples
 from turbo_lab.store import Store
@@ -232,8 +233,8 @@ def _train(
     seed: int,
 ) -> None:
     """Train to the end; the fake learns twice as fast as the student."""
-    plan = {"weight_decay": 0.0, "warmup": min(20, steps), "final": 0.05}
-    rates = {"student": Optimiser(lr=rate, **plan), "fake": Optimiser(lr=2 * rate, **plan)}
+    plain = Optimiser(lr=rate, weight_decay=0.0, warmup=min(20, steps), final=0.05)
+    rates = {"student": plain, "fake": replace(plain, lr=2 * rate)}
     records = fit(
         objective,
         _class_rows,
