@@ -121,17 +121,15 @@ def student_explorer(lab: Lab, families: Sequence[str]) -> ipywidgets.Widget:
 
 KNOBS: Mapping[tuple[float, ...], str] = MappingProxyType(
     {
-        (4, 2, 0.0, 4.0): "dmd2",
-        (8, 2, 0.0, 4.0): "dmd2",
-        (2, 2, 0.0, 4.0): "dmd2",
-        (2, 1, 0.0, 4.0): "dmd2-rivals-1",
-        (2, 5, 0.0, 4.0): "dmd2-rivals-5",
-        (2, 2, 0.5, 4.0): "dmd2-hellinger",
-        (2, 2, 1.0, 4.0): "dmd2-kl",
-        (2, 2, 0.0, 2.0): "dmd2-guidance-2",
+        (8, 0.7155, 4.0): "dmd2",
+        (4, 0.7155, 4.0): "dmd2",
+        (2, 0.5, 4.0): "dmd2-second-0.5",
+        (2, 0.7155, 4.0): "dmd2",
+        (2, 0.8, 4.0): "dmd2-second-0.8",
+        (2, 0.7155, 2.0): "dmd2-guidance-2",
     }
 )
-"""Steps, updates of the fake, alpha and guidance of the DMD2 students that there are."""
+"""Steps, second time (of 2 steps) and guidance of the DMD2 students that there are."""
 
 
 def dmd2_png(lab: Lab, caption: str, *, family: str, steps: int, noises: int, seed: int) -> bytes:
@@ -168,7 +166,7 @@ def dmd2_png(lab: Lab, caption: str, *, family: str, steps: int, noises: int, se
 
 
 def dmd2_explorer(lab: Lab, *, noises: int = 24) -> ipywidgets.Widget:
-    """Controls for alpha, updates of the fake, guidance and steps beside a student's samples."""
+    """Controls for steps, second time and guidance beside a student's samples."""
     import ipywidgets as w
 
     def choices(k: int) -> list[float]:
@@ -176,9 +174,8 @@ def dmd2_explorer(lab: Lab, *, noises: int = 24) -> ipywidgets.Widget:
 
     controls = {
         "steps": w.SelectionSlider(options=choices(0), value=2, description="steps"),
-        "rivals": w.SelectionSlider(options=choices(1), value=2, description="fake updates"),
-        "alpha": w.SelectionSlider(options=choices(2), value=0.0, description="alpha"),
-        "guidance": w.SelectionSlider(options=choices(3), value=4.0, description="guidance"),
+        "second": w.SelectionSlider(options=choices(1), value=0.7155, description="second time"),
+        "guidance": w.SelectionSlider(options=choices(2), value=4.0, description="guidance"),
         "seed": w.BoundedIntText(value=0, min=0, max=10**6, description="noise"),
     }
     words = _words()

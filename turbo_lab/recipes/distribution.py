@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from turbo_lab.errors import BadInput
 from turbo_lab.path import shift_time
-from turbo_lab.recipes.models import Family, Pairs, Profile, Rates, Recipe, Stage
+from turbo_lab.recipes.models import Family, Profile, Rates, Recipe, Stage
 from turbo_lab.recipes.teacher import GUIDANCE
 from turbo_lab.recipes.trajectory import student
 
@@ -54,18 +54,8 @@ def sampler_times(steps: int) -> tuple[float, ...]:
 VARIANTS: Mapping[str, Variant] = MappingProxyType(
     {
         "second-0.5": Variant(title="second time 0.5", options={"times": (1.0, 0.5)}),
-        "second-0.6": Variant(title="second time 0.6", options={"times": (1.0, 0.6)}),
         "second-0.8": Variant(title="second time 0.8", options={"times": (1.0, 0.8)}),
         "guidance-2": Variant(title="guidance 2", guidance_scale=2.0),
-        "rivals-1": Variant(title="1 update of the fake", options={"rival_updates": 1}),
-        "rivals-5": Variant(title="5 updates of the fake", options={"rival_updates": 5}),
-        "forward": Variant(title="noised real data", options={"rollout": "forward"}),
-        "hellinger": Variant(
-            title="squared Hellinger (alpha 0.5)", options={"divergence": "alpha", "alpha": 0.5}
-        ),
-        "kl": Variant(title="forward KL (alpha 1)", options={"divergence": "alpha", "alpha": 1.0}),
-        "decoupled": Variant(title="decoupled guidance", options={"guidance_range": (0.3, 0.98)}),
-        "anchored": Variant(title="anchored first step", options={"anchor_weight": 0.1}),
     }
 )
 """What the 2-step student is compared with; each changes one thing."""
@@ -103,7 +93,6 @@ def dmd2(profile: Profile, seed: int, *, steps: int, variant: str = "") -> Recip
     rival_updates = int(str(options["rival_updates"]))
     per_round = calls_per_round(steps, rival_updates) * batch_size
     rounds = max(2 * rival_updates, int(CALLS[profile] / per_round))
-    weighed = "divergence" in options
     stage = Stage(
         method="dmd2",
         options=options,
@@ -112,14 +101,10 @@ def dmd2(profile: Profile, seed: int, *, steps: int, variant: str = "") -> Recip
         rates={
             "student": Rates(lr=1e-3, betas=(0.0, 0.999), warmup=10, final=0.1),
             "fake": Rates(lr=2e-3, betas=(0.0, 0.999), warmup=10, final=0.1),
-            **({"critic": Rates(lr=1e-3, warmup=10, final=0.1)} if weighed else {}),
         },
         ema=0.99,
         teacher="guided",
         guidance_scale=changed.guidance_scale,
-        pairs=Pairs(n={"smoke": 8, "quick": 2048, "paper": 16_384}[profile], steps=32)
-        if weighed
-        else None,
     )
     name = f"dmd2-{steps}{'-' * bool(variant)}{variant}"
     return student(name, seed, (stage,))

@@ -75,7 +75,7 @@ class Budget:
 BUDGETS: Mapping[str, Budget] = MappingProxyType(
     {
         "smoke": Budget(
-            captions=6, seeds=1, steps=(4, 2), prompts=2, noises=4, variants=("second-0.5",)
+            captions=6, seeds=1, steps=(4, 2), prompts=2, noises=4, variants=("guidance-2",)
         ),
         "quick": Budget(captions=128, seeds=3),
         "paper": Budget(captions=512, seeds=6, prompts=16),
@@ -307,20 +307,20 @@ def variant_titles(comparison: Comparison) -> dict[str, str]:
     return {"teacher": TITLES["teacher"], "dmd2": "DMD2", **changed}
 
 
-def curves(comparison: Comparison, families: Mapping[str, str]) -> pd.DataFrame:
-    """Training history of the first training of 2-step students.
+def curves(comparison: Comparison) -> pd.DataFrame:
+    """Training history of the first training of each plain student.
 
     Columns ``student``, ``calls`` (network calls per sample so far), ``term``, ``value``.
     """
     rows = []
-    for family, title in families.items():
-        recipe = student_recipe(family, steps=FEW)
-        found = comparison.lab.trained(recipe)
-        per_round = _calls_per_round(recipe)
-        for line in history(found):
+    for steps in comparison.budget.steps:
+        recipe = student_recipe("dmd2", steps=steps)
+        student = comparison.drawn.students["dmd2", steps, 0]
+        for line in history(student.artefact):
+            at = line["step"] * _calls_per_round(recipe)
             for term, value in line["terms"].items():
-                at = line["step"] * per_round
-                rows.append({"student": title, "calls": at, "term": term, "value": value})
+                name = f"{steps} steps"
+                rows.append({"student": name, "calls": at, "term": term, "value": value})
     return pd.DataFrame(rows)
 
 
