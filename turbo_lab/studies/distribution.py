@@ -414,8 +414,8 @@ def _breaks(comparison: Comparison) -> list[dict[str, Any]]:
     )
     few = f"at {FEW} steps DMD2"
     return [
-        _row("C3-hue", f"{few} forgets garment hues", "hue KL to truth, minus the teacher's",
-             hue, "above", 0),
+        _row("C3-hue", f"{few} leaves the garment hues' distribution",
+             "hue KL to truth, minus the teacher's", hue, "above", 0),
         _row("C3-diversity", f"{few} draws one caption more alike", "distance between samples of "
              "one caption, of the teacher's", cl.crossed_bootstrap(*distance, statistic=_ratio),
              "below", 1),

@@ -206,7 +206,7 @@ def training_curves(curves: pd.DataFrame) -> Figure:
                 axis.plot(
                     part["calls"], part["value"], color=COLOURS[k], lw=1.2, label=str(student)
                 )
-            axis.set(title=title, xlabel="network calls per sample", yscale="log")
+            axis.set(title=title, xlabel="network calls per sample")
         handles, labels = axis.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
     return figure
