@@ -37,6 +37,8 @@ SMALL = NetSize(layers=1, heads=1, head_width=16, text_width=16)
 BARE, WORN = Pass("forward", False), Pass("forward", True)
 GRADIENT, TANGENT = Pass("gradient", True), Pass("tangent", True)
 
+HANDLER = signal.getsignal(signal.SIGINT)
+
 
 def tiny(case: Recipe, **options: float | int | str) -> Recipe:
     """The same recipe on a network of one head, with other options of its method."""
@@ -222,7 +224,7 @@ def test_measuring_puts_counts_prices_and_times_together(measured: Report) -> No
 
 
 def test_the_signal_handlers_are_as_before(measured: Report) -> None:
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is HANDLER
 
 
 def test_a_report_is_valid_json_and_never_half_written(

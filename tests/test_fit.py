@@ -25,6 +25,8 @@ from turbo_lab.methods.flow import FlowMatching
 from turbo_lab.store import Checkpoints
 from turbo_lab.streams import Draw
 
+HANDLER = signal.getsignal(signal.SIGINT)
+"""Python's own, or none: a shell starts background jobs with SIGINT ignored."""
 OPTIMISER = Optimiser(lr=0.05, warmup=3, final=0.1, weight_decay=0.1, clip=0.5)
 
 
@@ -278,7 +280,7 @@ def test_a_polite_stop_writes_a_checkpoint_first(tmp_path: Path) -> None:
                 os.kill(os.getpid(), signal.SIGINT)
     newest = Checkpoints(folder=tmp_path).latest()
     assert newest is not None and newest[0] == 6
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is HANDLER
     with pytest.raises(SystemExit) as stopped:
         for record in run(net(), saving=saving):
             if record.step == 8:

@@ -15,7 +15,7 @@ from turbo_lab.fit import Record
 from turbo_lab.methods.flow import FlowMatching
 from turbo_lab.path import time_grid
 from turbo_lab.postcards import caption_tokens
-from turbo_lab.recipes import RECIPES, Rates, Recipe
+from turbo_lab.recipes import RECIPES, Rates, Recipe, trajectory
 from turbo_lab.recipes.distribution import VARIANTS
 from turbo_lab.sample import final, sample
 from turbo_lab.store import Store
@@ -325,15 +325,17 @@ def test_trajectory_methods_have_the_same_network_calls_to_spend() -> None:
     }
     spent["direct"] = sum(
         3 * steps * stage.steps * stage.batch_size
-        for steps in recipes.DIRECT_STEPS
+        for steps in trajectory.DIRECT_STEPS
         for stage in recipes.resolve(f"direct-{steps}").stages
     )
-    assert all(total == pytest.approx(recipes.CALLS["quick"], rel=0.01) for total in spent.values())
+    assert all(
+        total == pytest.approx(trajectory.CALLS["quick"], rel=0.01) for total in spent.values()
+    )
 
 
 def test_a_progressive_chain_may_start_at_forty_steps_and_end_at_one() -> None:
     chain = (20, 10, 5, 2, 1)
-    recipe = recipes.progressive("quick", 0, teacher_steps=40, chain=chain, doubled=2)
+    recipe = trajectory.progressive("quick", 0, teacher_steps=40, chain=chain, doubled=2)
     assert [s.options["steps"] for s in recipe.stages] == list(chain)
     assert [s.options["teacher_steps"] for s in recipe.stages] == [40, *chain[:-1]]
     assert [s.teacher for s in recipe.stages] == ["guided"] + ["before"] * 4

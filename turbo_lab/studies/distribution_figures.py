@@ -74,7 +74,8 @@ def pictures(comparison: Comparison, *, count: int = 6, seed: int = 0) -> Figure
             found = images_of(comparison, sampler)
             images = found[min(seed, len(found) - 1)]
             for axis, image in zip(axes, images, strict=False):
-                axis.imshow(contact_sheet(image[None], columns=1, enlarge=4))
+                sheet = contact_sheet(image[None], columns=1, enlarge=1)
+                axis.imshow(sheet, interpolation="nearest")
             for axis in axes:
                 bare(axis)
             axes[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=6)
@@ -98,7 +99,8 @@ def one_caption(comparison: Comparison, *, prompt: int = 0, seed: int = 0) -> Fi
         ):
             found = images_of(comparison, sampler, prompts=True)
             images = found[min(seed, len(found) - 1)][rows]
-            axis.imshow(contact_sheet(images, columns=max(1, round(noises**0.5)), enlarge=2))
+            sheet = contact_sheet(images, columns=max(1, round(noises**0.5)), enlarge=1)
+            axis.imshow(sheet, interpolation="nearest")
             axis.set_title(title)
             bare(axis)
     return figure
