@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from turbo_lab.errors import BadInput
-from turbo_lab.recipes import distribution, trajectory
+from turbo_lab.recipes import distribution, trajectory, warm
 from turbo_lab.recipes.models import WORLD, Family, Pairs, Profile, Rates, Recipe, Stage
 from turbo_lab.recipes.teacher import GUIDANCE, teacher
 
@@ -26,7 +26,9 @@ __all__ = [
     "teacher",
 ]
 
-FAMILIES: Mapping[str, Family] = MappingProxyType({**trajectory.FAMILIES, **distribution.FAMILIES})
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {**trajectory.FAMILIES, **distribution.FAMILIES, **warm.FAMILIES}
+)
 """Students that notebooks compare, by method."""
 
 
@@ -42,7 +44,7 @@ def student_recipe(family: str, *, steps: int, profile: Profile = "quick", seed:
 
 
 RECIPES: Mapping[str, Callable[[Profile, int], Recipe]] = MappingProxyType(
-    {"teacher": teacher, **trajectory.RECIPES, **distribution.RECIPES}
+    {"teacher": teacher, **trajectory.RECIPES, **distribution.RECIPES, **warm.RECIPES}
 )
 
 
