@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
+from torch import Tensor
 
 from turbo_lab.claims import Interval, wilson
 from turbo_lab.errors import BadInput
@@ -151,6 +152,40 @@ def dmd2_quality() -> Iterator[Bar]:
         )
 
 
+def warm_quality() -> Iterator[Bar]:
+    """2-step students, three trainings: PCM alone, and what it does for DMD2 at equal calls."""
+    from turbo_lab import measure
+    from turbo_lab.claims import crossed_bootstrap
+    from turbo_lab.recipes.warm import STEPS, TIMES
+    from turbo_lab.studies.students import draw_students
+
+    lab = _lab()
+    wanted = [(family, STEPS, k) for family in ("pcm", "warm", "dmd2") for k in range(3)]
+    drawn = draw_students(lab, wanted, captions=CAPTIONS)
+    naive = lab.samples(Sampling(steps=STEPS, times=TIMES, n=CAPTIONS), "naive 2 steps")
+
+    def seen(images: Tensor, metric: str) -> np.ndarray:
+        return measure.report(images, naive.scenes.fields)[metric].float().numpy()
+
+    def rows(family: str, metric: str) -> np.ndarray:
+        found = [s.images for (name, _, _), s in drawn.samples.items() if name == family]
+        return np.stack([seen(images, metric) for images in found])
+
+    yield _rate("pcm_2_steps.signs_read", crossed_bootstrap(rows("pcm", "sign_read")), 0.95)
+    bodies, of = rows("pcm", "whole_body"), seen(naive.images, "whole_body")[None]
+    times = crossed_bootstrap(
+        bodies,
+        np.repeat(of, len(bodies), axis=0),
+        statistic=lambda a, b: float(a.sum() / max(b.sum(), 1)),
+    )
+    gain = crossed_bootstrap(rows("warm", "whole_body") - rows("dmd2", "whole_body"))
+    for name, unit, found, value, limit in (
+        ("pcm_2_steps.whole_body", "of 2 Euler steps of the teacher", times, times.value, 2.0),
+        ("warm_start.whole_body", "over direct DMD2, low end", gain, gain.low, 0.0),
+    ):
+        yield Bar(name=name, value=value, side="at least", limit=limit, unit=unit, interval=found)
+
+
 def renderer_speed() -> Iterator[Bar]:
     """Postcards rendered per second, the best of five passes of 2,048."""
     from turbo_lab.postcards import draw_scenes, render
@@ -239,6 +274,7 @@ BARS: Mapping[str, Callable[[], Iterator[Bar]]] = MappingProxyType(
         "teacher.quality": teacher_quality,
         "students": students,
         "dmd2": dmd2_quality,
+        "warm": warm_quality,
         "bench": training_step,
         "bench.memory": shared_base,
     }

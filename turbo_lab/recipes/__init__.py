@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from turbo_lab.errors import BadInput
 from turbo_lab.recipes import distribution, trajectory, warm
-from turbo_lab.recipes.models import WORLD, Family, Pairs, Profile, Rates, Recipe, Stage
+from turbo_lab.recipes.models import WORLD, Family, Gan, Pairs, Profile, Rates, Recipe, Stage
 from turbo_lab.recipes.teacher import GUIDANCE, teacher
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "RECIPES",
     "WORLD",
     "Family",
+    "Gan",
     "Pairs",
     "Profile",
     "Rates",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from turbo_lab.adapters import AdapterSize
 from turbo_lab.errors import BadInput
@@ -50,13 +50,51 @@ class Pairs(_Frozen):
     steps: int = Field(ge=1, le=1000)
 
 
+class Gan(_Frozen):
+    """A GAN term beside the method of a stage, see `turbo_lab.methods.gan.WithGan`.
+
+    ``features`` is what the critic looks through: the mini-``dino``, blocks of the plain
+    ``teacher`` or of the ``fake`` score, raw ``pixels``, or a ``random`` transformer of the
+    mini-DINO's shape. ``blocks`` are those that are tapped; none for all. ``rho`` is the share of
+    real postcards on the critic's real side; the rest are samples of the guided teacher, drawn as
+    ``pairs`` says. Either ``weight`` or ``balance`` is given. The optimiser of the heads is
+    ``rates["critic"]`` of the stage.
+    """
+
+    features: Literal["dino", "teacher", "fake", "pixels", "random"] = "dino"
+    blocks: tuple[int, ...] = ()
+    heads: Literal["plain", "caption"] = "plain"
+    width: int = Field(64, ge=1, le=1024)
+    rho: float = Field(ge=0, le=1)
+    pairs: Pairs | None = None
+    weight: float | None = Field(None, ge=0, allow_inf_nan=False)
+    balance: float | None = Field(None, gt=0, allow_inf_nan=False)
+    loss: Literal["logistic", "hinge"] = "logistic"
+    r1: float = Field(0.0, ge=0, allow_inf_nan=False)
+    r1_step: float = Field(0.01, gt=0, le=1)
+    augment: tuple[Literal["colour", "translation", "cutout"], ...] = ()
+    noise_range: tuple[float, float] = (0.0, 0.0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Gan:
+        if (self.weight is None) == (self.balance is None):
+            raise BadInput("weight", self.weight, "give either a weight or a balance")
+        if self.rho < 1 and self.pairs is None:
+            raise BadInput("pairs", None, f"rho={self.rho} needs samples of the teacher")
+        low, high = self.noise_range
+        if not 0 <= low <= high <= 1:
+            raise BadInput("noise_range", self.noise_range, "use two times, 0 to 1, not falling")
+        return self
+
+
 class Stage(_Frozen):
     """One method, its options and its budget.
 
     ``teacher`` is the guided teacher or the student of the stage before; ``pairs`` replaces real
     postcards by the teacher's samples. A fake score starts as the plain teacher, or, with
-    ``rivals_from`` "before", as the student of the stage before. What is None is left out of the
-    key, and of a training: there is no reason to write "teacher" on postcards.
+    ``rivals_from`` "before", as the student of the stage before. ``gan`` adds a GAN
+    term, whose pairs are its own. What is None is left out of the key, and of a training: there is
+    no reason to write "teacher" on postcards.
     """
 
     method: str
@@ -72,6 +110,7 @@ class Stage(_Frozen):
     guidance_scale: float | None = Field(None, ge=0, le=20)
     pairs: Pairs | None = None
     rivals_from: Literal["teacher", "before"] | None = None
+    gan: Gan | None = None
 
     @field_validator("method")
     @classmethod

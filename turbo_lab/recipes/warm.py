@@ -15,6 +15,8 @@ from turbo_lab.recipes.teacher import GUIDANCE
 from turbo_lab.recipes.trajectory import student
 
 STEPS = 2
+TIMES = (1.0, SECOND)
+"""Of the sampler of every student here."""
 GRID_STEPS = 40
 """Steps of the guided teacher's grid that phased consistency walks: those it is sampled with."""
 SHARE = 0.25
@@ -67,9 +69,7 @@ def warm_stage(profile: Profile, start: Start) -> Stage:
     phased = start.method == "consistency"
     return Stage(
         method=start.method,
-        options={"grid_steps": GRID_STEPS, "edges": start.edges}
-        if phased
-        else {"times": (1.0, SECOND)},
+        options={"grid_steps": GRID_STEPS, "edges": start.edges} if phased else {"times": TIMES},
         steps=steps,
         batch_size=batch_size,
         rates={"student": rate} if phased else {"student": rate, "head": rate},
