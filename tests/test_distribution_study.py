@@ -19,7 +19,7 @@ from turbo_lab.postcards import draw_scenes, render
 from turbo_lab.recipes import student_recipe
 from turbo_lab.recipes.distribution import VARIANTS, calls_per_round, sampler_times
 from turbo_lab.recipes.trajectory import FAMILIES as TRAJECTORY
-from turbo_lab.studies import distribution, distribution_figures
+from turbo_lab.studies import distribution, distribution_figures, matching
 from turbo_lab.studies.distribution import TEACHER, Budget, Comparison, Measured
 
 BUDGET = Budget(
@@ -116,7 +116,7 @@ def test_tables_figures_and_claims_come_out_whole(comparison: Comparison) -> Non
 def with_pictures(comparison: Comparison, images: Tensor, prompts: Tensor) -> Comparison:
     """The comparison with given pictures in the place of every DMD2 student's."""
     of = comparison.teacher.scenes.fields
-    found = distribution._measure([images] * 2, [prompts] * 2, of, BUDGET.noises)
+    found = matching.measured([images] * 2, [prompts] * 2, of, BUDGET.noises)
     return with_measured(comparison, {k: found for k in comparison.measured if k[0] == "dmd2"})
 
 
@@ -137,7 +137,7 @@ def honest(comparison: Comparison) -> Comparison:
     prompts = render(draw_scenes("critic", range(BUDGET.prompts * BUDGET.noises)))
     of = comparison.teacher.scenes.fields
     return with_measured(
-        comparison, {TEACHER: distribution._measure([images], [prompts], of, BUDGET.noises)}
+        comparison, {TEACHER: matching.measured([images], [prompts], of, BUDGET.noises)}
     )
 
 

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
 
-from turbo_lab.figures import ACCENT, INK, SECOND, SOFT, THIRD, bare, log_axis, style
+from turbo_lab.figures import (
+    ACCENT,
+    INK,
+    SECOND,
+    SOFT,
+    THIRD,
+    bare,
+    contact_sheet,
+    log_axis,
+    style,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -161,3 +175,80 @@ def ratio_lines(
             axis.set_xlabel(xlabel)
         axes[0].set_ylabel(ylabel)
     return figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """Pictures, and in words what is wrong with each body and with each sign; else empty."""
+
+    images: Tensor  # [B, 3, 32, 32] in [-1, 1]
+    body: tuple[str, ...]
+    sign: tuple[str, ...]
+
+
+def judged(images: Tensor) -> Judged:
+    """Ask the oracles what is wrong with pictures ``[B, 3, 32, 32]``, without their captions."""
+    from turbo_lab import measure
+
+    seen = measure.read(images)
+    body, parts = seen.body, {"head": 1, "arm": 2, "leg": 2}
+    counts = zip(body.heads.tolist(), body.arms.tolist(), body.legs.tolist(), strict=True)
+    bodies = []
+    for found, torso, whole in zip(counts, body.torso.tolist(), body.whole.tolist(), strict=True):
+        wrong = [_count(n, part) for n, part in zip(found, parts, strict=True) if n != parts[part]]
+        wrong += [] if torso else ["no torso"]
+        bodies.append("" if whole else ", ".join(wrong) or "parts askew")
+    signs = ["" if n == 1 else _count(n, "sign") for n in seen.sign.count.tolist()]
+    return Judged(images=images, body=tuple(bodies), sign=tuple(signs))
+
+
+def _count(n: int, part: str) -> str:
+    return f"no {part}" if n == 0 else f"{n} {part}{'s' * (n > 1)}"
+
+
+def judged_blocks(blocks: Mapping[str, Judged], *, columns: int) -> Figure:
+    """Draw blocks of pictures side by side: broken bodies outlined, what is wrong below each."""
+    with style():
+        rows = max(-(-len(block.body) // columns) for block in blocks.values())
+        wide = 0.95 * columns + 0.25
+        figure = Figure(figsize=(wide * len(blocks), 1.2 * rows + 0.3))
+        figure.set_layout_engine("constrained", wspace=0.06)
+        for axis, (title, block) in zip(
+            figure.subplots(1, len(blocks), squeeze=False)[0], blocks.items(), strict=True
+        ):
+            judged_sheet(axis, block, columns=columns, gap=_GAP)
+            _words(axis, block, columns)
+            whole = sum(not words for words in block.body)
+            axis.set_title(f"{title}: {whole} of {len(block.body)} bodies whole")
+    return figure
+
+
+_GAP = 10  # pixels below a picture, for three lines of words
+
+
+def judged_sheet(axis: Axes, block: Judged, *, columns: int, gap: int = 2) -> None:
+    """Draw a contact sheet with a line around the picture of each broken body."""
+    sheet = contact_sheet(block.images, columns=columns, enlarge=1, gap=gap)
+    axis.imshow(sheet, interpolation="nearest")
+    side = block.images.shape[-1]
+    for k, words in enumerate(block.body):
+        if words:
+            corner = (k % columns * (side + gap) - 0.5, k // columns * (side + gap) - 0.5)
+            axis.add_patch(Rectangle(corner, side, side, fill=False, ec=ACCENT, lw=1.6))
+    height, width, _ = sheet.shape
+    axis.set(xlim=(-1.5, width + 0.5), ylim=(height + 0.5, -1.5))
+    bare(axis)
+
+
+def _words(axis: Axes, block: Judged, columns: int) -> None:
+    side = block.images.shape[-1]
+    for k, pair in enumerate(zip(block.body, block.sign, strict=True)):
+        lines = [
+            (part, colour)
+            for words, colour in zip(pair, (ACCENT, SECOND), strict=True)
+            for part in wrap(words, 21)
+        ]
+        for line, (words, colour) in enumerate(lines):
+            x, y = k % columns * (side + _GAP), k // columns * (side + _GAP) + side
+            axis.text(x, y + 0.3 + 3.3 * line, words, color=colour, fontsize=5.5, va="top")
+    axis.set_ylim(axis.get_ylim()[0] + _GAP, -1.5)

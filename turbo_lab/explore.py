@@ -203,6 +203,72 @@ def dmd2_explorer(lab: Lab, *, noises: int = 24) -> ipywidgets.Widget:
     return w.HBox([w.VBox([*controls.values(), *words.values()]), w.VBox([picture, note])])
 
 
+def warm_png(lab: Lab, caption: str, *, family: str, direct: str, noises: int, seed: int) -> bytes:
+    """Draw many noises of one caption with two 2-step students, broken bodies outlined.
+
+    Args:
+        lab: with the teacher.
+        caption: of every picture.
+        family: the student on the right.
+        direct: the student on the left.
+        noises: how many pictures each.
+        seed: of the noise.
+
+    Raises:
+        BadInput: a family without a 2-step student, a negative seed, or a caption outside the
+            grammar.
+    """
+    from turbo_lab import charts
+
+    tokens = caption_tokens([caption]).expand(noises, -1)
+    blocks = {}
+    for side, name in (("left", direct), ("right", family)):
+        student = lab.student(name, steps=2)
+        sampling = checked_sampling({**student.sampling(n=noises).model_dump(), "seed": seed})
+        images, _, _ = lab.draw_for(tokens, sampling, "", student)
+        blocks[f"{side}: {FAMILIES[name].title}"] = charts.judged(images)
+    buffer = io.BytesIO()
+    charts.judged_blocks(blocks, columns=4).savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def warm_explorer(lab: Lab, shares: Mapping[str, float], *, noises: int = 12) -> ipywidgets.Widget:
+    """Controls for the warm start's share, caption and noise beside direct DMD2's pictures.
+
+    Args:
+        lab: with the teacher.
+        shares: family to its share of the network calls; that of share 0 is drawn on the left.
+        noises: pictures of the caption on each side.
+    """
+    import ipywidgets as w
+
+    options = [(f"{share:.0%}", family) for family, share in shares.items()]
+    direct = min(shares, key=lambda family: shares[family])
+    box = {
+        "family": w.SelectionSlider(
+            options=options, value=options[len(options) // 2][1], description="warm start",
+            continuous_update=False,
+        ),
+        "seed": w.BoundedIntText(value=0, min=0, max=10**6, description="noise"),
+    }  # fmt: skip
+    words = _words()
+    picture, note = w.Image(format="png", width=760), w.Label()
+
+    def draw(_: object = None) -> None:
+        try:
+            caption = str(Caption(**{name: word.value for name, word in words.items()}))
+            values = {name: control.value for name, control in box.items()}
+            picture.value = warm_png(lab, caption, direct=direct, noises=noises, **values)
+            note.value = f"{caption} · {shares[values['family']]:.0%} of the calls before DMD2"
+        except TurboLabError as error:
+            note.value = str(error)
+
+    for control in (*box.values(), *words.values()):
+        control.observe(draw, names="value")
+    draw()
+    return w.HBox([w.VBox([*box.values(), *words.values()]), w.VBox([picture, note])])
+
+
 def _words() -> dict[str, ipywidgets.Widget]:
     import ipywidgets as w
 

@@ -16,7 +16,7 @@ from turbo_lab.recipes.trajectory import student
 
 STEPS = 2
 TIMES = (1.0, SECOND)
-"""Of the sampler of every student here."""
+"""Of the sampler of the students here, but for those whose second time is moved."""
 GRID_STEPS = 40
 """Steps of the guided teacher's grid that phased consistency walks: those it is sampled with."""
 SHARE = 0.25
@@ -35,6 +35,7 @@ class Start:
         share: of all network calls, in (0, 1].
         method: of the warm stage.
         edges: of its phases; none for one phase.
+        second: time at which the student's second step starts.
         rivals_from: what the fake of the later stage starts as.
     """
 
@@ -42,6 +43,7 @@ class Start:
     share: float = SHARE
     method: Literal["consistency", "transition"] = "consistency"
     edges: tuple[float, ...] = (SECOND,)
+    second: float = SECOND
     rivals_from: Literal["teacher", "before"] = "teacher"
 
 
@@ -50,14 +52,21 @@ STARTS: Mapping[str, Start] = MappingProxyType(
         "warm": Start(title="PCM, then DMD2"),
         "warm-share-10": Start(title="PCM 10%, then DMD2", share=0.10),
         "warm-share-50": Start(title="PCM 50%, then DMD2", share=0.50),
-        "warm-edge-0.5": Start(title="PCM with edge 0.5, then DMD2", edges=(0.5,)),
-        "warm-edge-0.85": Start(title="PCM with edge 0.85, then DMD2", edges=(0.85,)),
+        **{
+            f"warm-second-{t:g}": Start(
+                title=f"PCM, then DMD2, second time {t:g}", edges=(t,), second=t
+            )
+            for t in (0.5, 0.8)
+        },
         "warm-one-phase": Start(title="consistency, then DMD2", edges=()),
         "warm-transition": Start(title="transition matching, then DMD2", method="transition"),
         "warm-fake": Start(title="PCM, then DMD2, fake warm too", rivals_from="before"),
     }
 )
-"""Warm starts by family; the first is the main one, each other changes one thing."""
+"""Warm starts by family; the first is the main one, each other changes one thing.
+
+A moved second time moves the edge between the phases with it: two phases end where the two steps
+do. DMD2 alone has students of the same second times, `turbo_lab.recipes.distribution.VARIANTS`."""
 
 
 def warm_stage(profile: Profile, start: Start) -> Stage:
@@ -69,7 +78,9 @@ def warm_stage(profile: Profile, start: Start) -> Stage:
     phased = start.method == "consistency"
     return Stage(
         method=start.method,
-        options={"grid_steps": GRID_STEPS, "edges": start.edges} if phased else {"times": TIMES},
+        options={"grid_steps": GRID_STEPS, "edges": start.edges}
+        if phased
+        else {"times": (1.0, start.second)},
         steps=steps,
         batch_size=batch_size,
         rates={"student": rate} if phased else {"student": rate, "head": rate},
@@ -89,7 +100,8 @@ def warm(profile: Profile, seed: int, *, name: str = "warm") -> Recipe:
         name: of `STARTS`.
     """
     start = STARTS[name]
-    (direct,) = dmd2(profile, seed, steps=STEPS).stages
+    variant = "" if start.second == SECOND else f"second-{start.second:g}"
+    (direct,) = dmd2(profile, seed, steps=STEPS, variant=variant).stages
     rest = max(2, int(direct.steps * (1 - start.share)))
     rivals = None if start.rivals_from == "teacher" else start.rivals_from
     matching = direct.model_copy(update={"steps": rest, "rivals_from": rivals})

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
 from turbo_lab import claims as cl
-from turbo_lab import measure
 from turbo_lab.claims import Claim, Interval
 from turbo_lab.lab import Lab, Samples, Sampling
-from turbo_lab.measure.views import chroma
 from turbo_lab.progress import progress
 from turbo_lab.recipes import FAMILIES, Profile, Recipe, student_recipe
 from turbo_lab.recipes.distribution import DMD2_STEPS, VARIANTS
 from turbo_lab.recipes.trajectory import FAMILIES as TRAJECTORY
+from turbo_lab.studies import matching
+from turbo_lab.studies.matching import BINS as BINS  # names of the study, kept in matching
+from turbo_lab.studies.matching import METRICS as METRICS
+from turbo_lab.studies.matching import REAL, Measured, chroma_cdf, hue_kl, like, ratio
+from turbo_lab.studies.matching import claim_row as _row
+from turbo_lab.studies.matching import wide as wide
 from turbo_lab.studies.students import Drawn, Key, draw_students
 from turbo_lab.training import history
 
@@ -34,26 +37,6 @@ TITLES = {
     "teacher": "teacher, 40 steps",
 }
 FEW = 2
-RATES = {"sign_read": "signs read", "whole_body": "whole bodies", "ghost_signs": "ghost signs"}
-MEANS = {
-    "saturation": "mean saturation",
-    "clipped": "clipped share",
-    "contrast": "contrast",
-    "moss_energy": "moss: band energy",
-}
-DISTRIBUTIONS = {
-    "hue_kl": "hue KL to truth (nats)",
-    "chroma_w1": "chroma distance to real",
-}
-RELATIVE = {
-    "high_frequency_share": "high-frequency share / teacher",
-    "diversity": "same-caption distance / teacher",
-}
-METRICS = {**RATES, **RELATIVE, **DISTRIBUTIONS, **MEANS}
-BINS = 64
-"""Of the chroma histograms, over [0, 1]."""
-REAL = 512
-"""Real postcards behind the chroma reference."""
 
 Sampler = tuple[str, int]
 """Family and steps; the teacher has 40."""
@@ -84,24 +67,6 @@ BUDGETS: Mapping[str, Budget] = MappingProxyType(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """One sampler: per-image values ``[seeds, images]``, and of each caption's own samples.
-
-    ``moss_energy`` has the images on moss only. ``cdf`` is the cumulative chroma histogram of each
-    image ``[seeds, images, bins]``; ``diversity`` is ``[seeds, prompts]``.
-    """
-
-    values: Mapping[str, np.ndarray]
-    cdf: np.ndarray
-    diversity: np.ndarray
-
-    @property
-    def hue_mode(self) -> np.ndarray:
-        """Hue mode of each image, -1 off every mode."""
-        return self.values["hue_mode"]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """The teacher and the students on the same captions and noise, and many noises of a few."""
 
@@ -129,7 +94,7 @@ class Comparison:
         out = {}
         with progress(len(self.samplers), "reading the pictures") as tick:
             for done, sampler in enumerate(self.samplers, start=1):
-                out[sampler] = _measure(
+                out[sampler] = matching.measured(
                     images_of(self, sampler),
                     images_of(self, sampler, prompts=True),
                     self.teacher.scenes.fields,
@@ -159,29 +124,6 @@ def images_of(comparison: Comparison, sampler: Sampler, *, prompts: bool = False
     drawn = comparison.prompts if prompts else comparison.drawn
     found = {k: s.images for (f, n, k), s in drawn.samples.items() if (f, n) == sampler}
     return [found[k] for k in sorted(found)]
-
-
-def _measure(
-    images: Sequence[Tensor], prompts: Sequence[Tensor], fields: Tensor, noises: int
-) -> Measured:
-    reports = [measure.report(one, fields) for one in images]
-    wanted = ("saturation", "clipped", "contrast", "high_frequency_share", "hue_mode", *RATES)
-    values = {m: _stack([r[m] for r in reports]) for m in wanted}
-    moss = (fields[:, 2] == 0).numpy()
-    values["moss_energy"] = _stack([r["band_energy"] for r in reports])[:, moss]
-    grids = [one.unflatten(0, (-1, noises)) for one in prompts]
-    return Measured(
-        values=values,
-        cdf=np.stack([chroma_cdf(one) for one in images]),
-        diversity=_stack([measure.pairwise_distance(g) for g in grids]) if grids else np.empty(0),
-    )
-
-
-def chroma_cdf(images: Tensor) -> np.ndarray:
-    """Cumulative histogram of each image's pixel chroma ``[B, bins]``."""
-    pixels = chroma(images).flatten(1).clamp(0, 1)
-    rows = torch.stack([torch.histc(row, BINS, 0.0, 1.0) for row in pixels])
-    return (rows.cumsum(1) / pixels.shape[1]).numpy()
 
 
 def compare(
@@ -231,52 +173,10 @@ def compare(
 # --- statistics ---------------------------------------------------------------------------------
 
 
-def hue_kl(modes: np.ndarray) -> float:
-    """Hue KL to truth of each training ``[seeds, images]``, averaged over trainings.
-
-    Trainings are not pooled: two that collapsed to different modes are two collapses.
-    """
-    return float(np.mean([measure.hue_kl(torch.from_numpy(row).long()) for row in modes]))
-
-
-def _w1(comparison: Comparison, sampler: Sampler) -> Callable[[np.ndarray], float]:
-    """Chroma distance to real of the images whose flat indices are given."""
-    cdf = comparison.measured[sampler].cdf
-    flat, real = cdf.reshape(-1, cdf.shape[-1]), comparison.real_cdf
-    return lambda at: float(np.abs(flat[at.astype(int).ravel()].mean(0) - real).mean())
-
-
-def _indices(found: Measured) -> np.ndarray:
-    return np.arange(found.hue_mode.size).reshape(found.hue_mode.shape)
-
-
-def _like(teacher: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The teacher's values, one row per training of the student."""
-    return np.repeat(teacher, len(rows), axis=0)
-
-
-def _ratio(a: np.ndarray, b: np.ndarray) -> float:
-    return float(a.sum() / max(b.sum(), 1e-12))
-
-
 def intervals(comparison: Comparison, sampler: Sampler) -> dict[str, Interval]:
     """Every metric of a sampler, with intervals over trainings and images."""
-    found, teacher = comparison.measured[sampler], comparison.measured[TEACHER]
-    name = "high_frequency_share"
-    plain = [m for m in (*RATES, *MEANS) if found.values[m].size]
-    out = {m: cl.crossed_bootstrap(found.values[m]) for m in plain}
-    pair = found.values[name], _like(teacher.values[name], found.values[name])
-    out[name] = cl.crossed_bootstrap(*pair, statistic=_ratio)
-    if found.diversity.size:
-        pair = found.diversity, _like(teacher.diversity, found.diversity)
-        out["diversity"] = cl.crossed_bootstrap(*pair, statistic=_ratio)
-    out["hue_kl"] = _distance(found.hue_mode, hue_kl)
-    out["chroma_w1"] = _distance(_indices(found), _w1(comparison, sampler))
-    return out
-
-
-def _distance(rows: np.ndarray, statistic: Callable[[np.ndarray], float]) -> Interval:
-    return cl.crossed_bootstrap(rows, statistic=statistic, resamples=300, centred=True)
+    measured = comparison.measured
+    return matching.intervals(measured[sampler], measured[TEACHER], comparison.real_cdf)
 
 
 def table(comparison: Comparison) -> pd.DataFrame:
@@ -289,16 +189,6 @@ def table(comparison: Comparison) -> pd.DataFrame:
                 rows.append({"family": family, "steps": at, "metric": metric, **vars(interval)})
             tick(done, "")
     return pd.DataFrame(rows)
-
-
-def wide(rows: pd.DataFrame, families: Mapping[str, str], metrics: Sequence[str]) -> pd.DataFrame:
-    """One row per family and steps, one column per metric, as ``value [low, high]``."""
-    shown = rows[rows["metric"].isin(metrics) & rows["family"].isin(families)].copy()
-    shown["text"] = [f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in shown.itertuples()]
-    shown["steps"] = shown["steps"].fillna(TEACHER[1]).astype(int)
-    shown["student"] = [families[f] for f in shown["family"]]
-    pivot = shown.pivot(index=["student", "steps"], columns="metric", values="text")
-    return pivot[list(metrics)].rename(columns=METRICS)
 
 
 def variant_titles(comparison: Comparison) -> dict[str, str]:
@@ -375,8 +265,8 @@ def _repairs(comparison: Comparison, steps: int) -> list[dict[str, Any]]:
     own, teacher = comparison.measured["dmd2", steps], comparison.measured[TEACHER]
     others = [comparison.measured[f, steps] for f in TRAJECTORY]
     share = "high_frequency_share"
-    sharp = own.values[share], _like(teacher.values[share], own.values[share])
-    read = own.values["sign_read"], _like(teacher.values["sign_read"], own.values["sign_read"])
+    sharp = own.values[share], like(teacher.values[share], own.values[share])
+    read = own.values["sign_read"], like(teacher.values["sign_read"], own.values["sign_read"])
 
     def beats(metric: str) -> Interval:
         rows = [own.values[metric] - other.values[metric] for other in others]
@@ -389,10 +279,10 @@ def _repairs(comparison: Comparison, steps: int) -> list[dict[str, Any]]:
              "high-frequency share, minus the largest of 4 methods", beats(share), "above", 0),
         _row(f"C2-teacher-read-{steps}", f"DMD2 at {steps} steps reads nearly as many signs as "
              "its teacher", "signs read, of the teacher's",
-             cl.crossed_bootstrap(*read, statistic=_ratio), "above", 0.95),
+             cl.crossed_bootstrap(*read, statistic=ratio), "above", 0.95),
         _row(f"C2-teacher-sharp-{steps}", f"DMD2 at {steps} steps is not blurred",
              "high-frequency share, of the teacher's",
-             cl.crossed_bootstrap(*sharp, statistic=_ratio), "above", 0.9),
+             cl.crossed_bootstrap(*sharp, statistic=ratio), "above", 0.9),
     ]  # fmt: skip
 
 
@@ -402,13 +292,13 @@ def _breaks(comparison: Comparison) -> list[dict[str, Any]]:
 
     def more(metric: str) -> Interval:
         rows = own.values[metric]
-        return cl.crossed_bootstrap(rows - _like(teacher.values[metric], rows))
+        return cl.crossed_bootstrap(rows - like(teacher.values[metric], rows))
 
-    modes = own.hue_mode, _like(teacher.hue_mode, own.hue_mode)
+    modes = own.hue_mode, like(teacher.hue_mode, own.hue_mode)
     hue = cl.crossed_bootstrap(*modes, statistic=lambda a, b: hue_kl(a) - hue_kl(b), resamples=300)
-    distance = own.diversity, _like(teacher.diversity, own.diversity)
-    w1, w1_teacher = _w1(comparison, ("dmd2", FEW)), _w1(comparison, TEACHER)
-    at, n = _indices(own), own.hue_mode.shape[1]
+    distance = own.diversity, like(teacher.diversity, own.diversity)
+    w1, w1_teacher = (matching.chroma_distance(m, comparison.real_cdf) for m in (own, teacher))
+    at, n = matching.indices(own), own.hue_mode.shape[1]
     chroma_gap = cl.crossed_bootstrap(
         at, statistic=lambda i: w1(i) - w1_teacher(i % n), resamples=300
     )
@@ -417,7 +307,7 @@ def _breaks(comparison: Comparison) -> list[dict[str, Any]]:
         _row("C3-hue", f"{few} leaves the garment hues' distribution",
              "hue KL to truth, minus the teacher's", hue, "above", 0),
         _row("C3-diversity", f"{few} draws one caption more alike", "distance between samples of "
-             "one caption, of the teacher's", cl.crossed_bootstrap(*distance, statistic=_ratio),
+             "one caption, of the teacher's", cl.crossed_bootstrap(*distance, statistic=ratio),
              "below", 1),
         _row("C3-saturation", f"{few} over-saturates", "mean saturation, minus the teacher's",
              more("saturation"), "above", 0),
@@ -432,28 +322,6 @@ def _breaks(comparison: Comparison) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _row(
-    id_: str,
-    statement: str,
-    statistic: str,
-    interval: Interval,
-    side: Literal["above", "below"],
-    threshold: float,
-) -> dict[str, Any]:
-    return {
-        "id": id_,
-        "statement": statement,
-        "statistic": statistic,
-        "interval": interval,
-        "side": side,
-        "threshold": float(threshold),
-    }
-
-
 def scaled(budget: Budget, captions: int) -> Budget:
     """The budget with another number of captions; 0 keeps its own."""
     return replace(budget, captions=captions) if captions else budget
-
-
-def _stack(rows: Sequence[Tensor]) -> np.ndarray:
-    return torch.stack([row.float() for row in rows]).numpy()

@@ -108,11 +108,20 @@ def one_caption(comparison: Comparison, *, prompt: int = 0, seed: int = 0) -> Fi
 
 def hues(comparison: Comparison) -> Figure:
     """Shares of the garment hues: the truth, the teacher and every training of the students."""
+    ours = _ours(comparison).items()
+    return hue_bars({title: comparison.measured[sampler].hue_mode for sampler, title in ours})
+
+
+def hue_bars(modes: Mapping[str, np.ndarray]) -> Figure:
+    """Shares of the garment hues as stacked bars, the truth first.
+
+    Args:
+        modes: title to hue modes ``[trainings, images]``, -1 off every mode; one bar per training.
+    """
     columns = [("truth", measure.hue_truth().numpy())]
-    for sampler, title in _ours(comparison).items():
-        found = comparison.measured[sampler].hue_mode
-        for k, modes in enumerate(found):
-            shares = measure.hue_shares(torch.from_numpy(modes).long())[:-1].numpy()
+    for title, found in modes.items():
+        for k, row in enumerate(found):
+            shares = measure.hue_shares(torch.from_numpy(row).long())[:-1].numpy()
             name = title if len(found) == 1 else f"{title}\ntraining {k}"
             columns.append((name, shares))
     with style():
