@@ -117,8 +117,7 @@ def _rival_weights(recipe: Recipe, artefact: Artefact) -> dict[str, Tensor]:
 def _make(recipe: Recipe, store: Store, device: str, watch: Watch, folder: Path) -> None:
     tune_allocator()
     stage = recipe.stages[-1]
-    if stage.pairs is not None:
-        draw_all_pairs(recipe, store, device)
+    draw_all_pairs(recipe, store, device)
     earlier = sum(s.steps for s in recipe.stages[:-1])
     work = store.workdir(recipe.artefact, recipe.spec())
     bench = workbench(recipe, store, device)

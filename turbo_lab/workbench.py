@@ -21,14 +21,16 @@ from turbo_lab.critic import spawn_critic
 from turbo_lab.errors import BadInput, MissingPiece
 from turbo_lab.field import Field, frozen, guided
 from turbo_lab.fit import Batch, Objective, Player
+from turbo_lab.gan_pieces import GanPieces, gan_pieces
 from turbo_lab.keys import key_of
 from turbo_lab.methods import METHODS
 from turbo_lab.methods.divergences import divergence_named, needs_ratio
+from turbo_lab.methods.gan import Batches, Generates, mixed
 from turbo_lab.methods.kinds import TrainableField
 from turbo_lab.methods.transition import spawn_latent_head
 from turbo_lab.postcards.captions import TOKENS, VOCABULARY, null_tokens
 from turbo_lab.progress import progress
-from turbo_lab.recipes import Recipe, Stage
+from turbo_lab.recipes import Pairs, Recipe, Stage
 from turbo_lab.store import Artefact, Store
 from turbo_lab.streams import Draw
 from turbo_lab.testbeds.postcards import (
@@ -48,8 +50,8 @@ FAKE = "fake"
 """The player that starts as the teacher, or as the stage before, and learns the student's score."""
 CRITIC = "critic"
 """The player that tells two sides apart, where the options of a stage ask for it: teacher from
-student for the ratio of a divergence, or consistency's two predictions. Without it a stage is, to
-the bit, what it was before critics."""
+student for the ratio of a divergence, or consistency's two predictions; or where it has a GAN term.
+Without it a stage is, to the bit, what it was before critics."""
 HEAD = "head"
 """The player that learns the teacher's transitions, from which the student then learns."""
 
@@ -59,7 +61,8 @@ class Workbench:
     """What a stage works with: the student, its average, and everything a method may ask for.
 
     ``pieces`` go by the names of the methods' fields: student, average, teacher, plain, null, and
-    the rivals, which learn along with the student and are not sampled: fake, critic, head.
+    the rivals, which learn along with the student and are not sampled: fake, critic, head. The
+    critic of a GAN term is a rival but no piece. ``sources`` are the teacher's samples in use.
     """
 
     student: TrainableField
@@ -67,12 +70,15 @@ class Workbench:
     pieces: Mapping[str, object]
     batches: Callable[[Draw], Batch]
     rivals: Mapping[str, Player] = dataclasses.field(default_factory=dict)
+    sources: Mapping[Pairs, PairSource] = dataclasses.field(default_factory=dict)
+    gan: GanPieces | None = None
 
     def objective(self, stage: Stage) -> Objective:
-        """Build the method of a stage from the pieces it has fields for."""
+        """Build the method of a stage from the pieces it has fields for, in a GAN term if asked."""
         kind = METHODS[stage.method]
         wanted = _fields_of(stage) & self.pieces.keys()
-        return kind(**{name: self.pieces[name] for name in wanted}, **stage.options)
+        method = kind(**{name: self.pieces[name] for name in wanted}, **stage.options)
+        return method if self.gan is None else self.gan.around(method)
 
 
 # --- what a stage asks for -----------------------------------------------------------------------
@@ -81,7 +87,8 @@ class Workbench:
 def rivals_of(stage: Stage) -> tuple[str, ...]:
     """Names of the players that learn beside the student of a stage."""
     has = _fields_of(stage)
-    asked = {FAKE: FAKE in has, CRITIC: _asks_critic(stage), HEAD: HEAD in has}
+    critic = stage.gan is not None or _asks_critic(stage)
+    asked = {FAKE: FAKE in has, CRITIC: critic, HEAD: HEAD in has}
     return tuple(name for name, wanted in asked.items() if wanted)
 
 
@@ -90,10 +97,12 @@ def check_stages(recipe: Recipe) -> None:
 
     Raises:
         BadInput: it needs a critic and has no rate, or no samples of the teacher, for it; or a
-            rival is to start from a stage before, and there is none, or no such rival.
+            rival is to start from a stage before, and there is none, or no such rival; or a GAN
+            term does not go with its method.
     """
     for k, stage in enumerate(recipe.stages):
         _check_critic(stage)
+        _check_gan(recipe, stage)
         if stage.rivals_from is not None and FAKE not in _fields_of(stage):
             allowed = f"method {stage.method!r} has no rival to start; leave it out"
             raise BadInput("rivals_from", stage.rivals_from, allowed)
@@ -138,6 +147,23 @@ def _check_critic(stage: Stage) -> None:
         raise BadInput("pairs", None, f"{needs} samples of the teacher for its critic")
     if CRITIC not in stage.rates:
         raise BadInput("rates", sorted(stage.rates), f"{needs} one for player {CRITIC!r} too")
+
+
+def _check_gan(recipe: Recipe, stage: Stage) -> None:
+    """A GAN term needs a rate, a student, and a method with samples and no critic of its own."""
+    if stage.gan is None:
+        return
+    method, features = stage.method, stage.gan.features
+    if recipe.teacher is None:
+        raise BadInput("gan", features, "it is for students; this recipe has no teacher")
+    if not issubclass(METHODS[method], Generates) or stage.options.get("edges"):
+        raise BadInput("gan", features, f"method {method!r} makes no clean samples in this stage")
+    if _asks_critic(stage):
+        raise BadInput("gan", features, f"method {method!r} has a critic of its own here")
+    if features == FAKE and FAKE not in _fields_of(stage):
+        raise BadInput("gan", features, f"method {method!r} has no fake score")
+    if CRITIC not in stage.rates:
+        raise BadInput("rates", sorted(stage.rates), f"gan needs one for player {CRITIC!r} too")
 
 
 # --- the players ---------------------------------------------------------------------------------
@@ -190,7 +216,12 @@ def _adapter_bench(recipe: Recipe, store: Store, device: str) -> Workbench:
     average = host.copy(student, "average")
     plain = frozen(host.bare)
     guide = guided(plain, null_tokens(1), stage.guidance_scale or 1.0)
-    rivals = {name: _rival(name, recipe, host, student, device) for name in rivals_of(stage)}
+    apart = {CRITIC} if stage.gan else set()
+    rivals = {
+        name: _rival(name, recipe, host, student, device)
+        for name in rivals_of(stage)
+        if name not in apart
+    }
     pieces: dict[str, object] = {
         "student": student,
         "average": average,
@@ -202,11 +233,42 @@ def _adapter_bench(recipe: Recipe, store: Store, device: str) -> Workbench:
         pieces["teacher"] = guide
     elif stage.teacher == "before":
         pieces["teacher"] = frozen(host.copy(student, "before"))
-    batches = _real(recipe, device)
-    if stage.pairs is not None:
-        batches = partial(pair_batch, _pair_source(recipe, stage, store, guide, device))
+    sources = {
+        pairs: _pair_source(recipe, pairs, store, guide, device) for pairs in pairs_of(stage)
+    }
+    real = _real(recipe, device)
+    gan = _gan(recipe, store, {"teacher": host.bare, **rivals}, real, sources, device)
     return Workbench(
-        student=student, average=average, pieces=pieces, batches=batches, rivals=rivals
+        student=student,
+        average=average,
+        pieces=pieces,
+        batches=partial(pair_batch, sources[stage.pairs]) if stage.pairs else real,
+        rivals={**rivals, CRITIC: gan.critic} if gan else rivals,
+        sources=sources,
+        gan=gan,
+    )
+
+
+def _gan(
+    recipe: Recipe,
+    store: Store,
+    players: Mapping[str, Player],
+    real: Batches,
+    sources: Mapping[Pairs, PairSource],
+    device: str,
+) -> GanPieces | None:
+    """The critic of a stage's GAN term, and both of its real sides."""
+    gan = recipe.stages[-1].gan
+    if gan is None:
+        return None
+    teacher = real if gan.pairs is None else partial(pair_batch, sources[gan.pairs])
+    return gan_pieces(
+        gan,
+        real=mixed(real, teacher, gan.rho),
+        players=players,
+        store=store,
+        seed=recipe.seed,
+        device=device,
     )
 
 
@@ -239,16 +301,22 @@ def _real(recipe: Recipe, device: str) -> Callable[[Draw], Batch]:
     )
 
 
+def pairs_of(stage: Stage) -> tuple[Pairs, ...]:
+    """Samples of the teacher that a stage needs: the method's data, and a critic's real side."""
+    wanted = (stage.pairs, stage.gan.pairs if stage.gan else None)
+    return tuple(dict.fromkeys(pairs for pairs in wanted if pairs is not None))
+
+
 def _pair_source(
-    recipe: Recipe, stage: Stage, store: Store, guide: Field, device: str
+    recipe: Recipe, pairs: Pairs, store: Store, guide: Field, device: str
 ) -> PairSource:
     """Pairs of a stage, kept in the store once all of them have been drawn."""
-    assert recipe.teacher is not None and stage.pairs is not None
-    spec = _pair_spec(recipe, stage)
+    assert recipe.teacher is not None
+    spec = _pair_spec(recipe, pairs)
     source = PairSource(
         field=guide,
-        n=stage.pairs.n,
-        steps=stage.pairs.steps,
+        n=pairs.n,
+        steps=pairs.steps,
         seed=recipe.teacher.seed,
         device=device,
         known=_DRAWN.setdefault((key_of(spec), device), {}),
@@ -259,30 +327,30 @@ def _pair_source(
     return source
 
 
-def _pair_spec(recipe: Recipe, stage: Stage) -> dict[str, object]:
-    assert recipe.teacher is not None and stage.pairs is not None
+def _pair_spec(recipe: Recipe, pairs: Pairs) -> dict[str, object]:
+    assert recipe.teacher is not None
     return {
         "teacher": recipe.teacher.spec(),
-        "guidance_scale": stage.guidance_scale,
-        **stage.pairs.model_dump(),
+        "guidance_scale": recipe.stages[-1].guidance_scale,
+        **pairs.model_dump(),
     }
 
 
 def draw_all_pairs(recipe: Recipe, store: Store, device: str) -> None:
     """Draw the pairs of the last stage once and keep them, so that every student shares them."""
-    stage = recipe.stages[-1]
+    for pairs in pairs_of(recipe.stages[-1]):
+        make = partial(_draw_pairs, recipe, store, device, pairs)
+        store.get_or_make(PAIRS, _pair_spec(recipe, pairs), make)
 
-    def draw(folder: Path) -> None:
-        bench = workbench(recipe, store, device)
-        source: PairSource = bench.batches.args[0]  # type: ignore[attr-defined]
-        with progress(source.n, f"{source.n} samples of the teacher") as tick:
-            for first in range(0, source.n, 64):
-                source.rows(range(first, min(first + 64, source.n)))
-                tick(min(first + 64, source.n), "")
-        samples = torch.stack([source.known[i] for i in range(source.n)])
-        save_tensors(folder, "pairs.safetensors", {"x": samples})
 
-    store.get_or_make(PAIRS, _pair_spec(recipe, stage), draw)
+def _draw_pairs(recipe: Recipe, store: Store, device: str, pairs: Pairs, folder: Path) -> None:
+    source = workbench(recipe, store, device).sources[pairs]
+    with progress(source.n, f"{source.n} samples of the teacher") as tick:
+        for first in range(0, source.n, 64):
+            source.rows(range(first, min(first + 64, source.n)))
+            tick(min(first + 64, source.n), "")
+    samples = torch.stack([source.known[i] for i in range(source.n)])
+    save_tensors(folder, "pairs.safetensors", {"x": samples})
 
 
 def _rows(tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:

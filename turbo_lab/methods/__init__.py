@@ -7,6 +7,7 @@ from turbo_lab.methods.continuous import ContinuousConsistency
 from turbo_lab.methods.direct import Direct
 from turbo_lab.methods.dmd2 import DMD2
 from turbo_lab.methods.flow import FlowMatching
+from turbo_lab.methods.gan import WithGan
 from turbo_lab.methods.phased import phase_edges
 from turbo_lab.methods.progressive import Progressive
 from turbo_lab.methods.transition import Transition
@@ -30,5 +31,6 @@ __all__ = [
     "FlowMatching",
     "Progressive",
     "Transition",
+    "WithGan",
     "phase_edges",
 ]

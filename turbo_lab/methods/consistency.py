@@ -166,12 +166,31 @@ class Consistency:
 
     def loss(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """Distance of the two predictions per sample ``[B]``, and how well ours is told apart."""
+        return self._judged(batch, draw)[1]
+
+    def generated(self, batch: Batch, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        """Our prediction, see `turbo_lab.methods.gan.Generates`, and its loss terms.
+
+        Raises:
+            BadInput: there are several phases, whose predictions are not clean images.
+        """
+        if self.edges:
+            allowed = "a GAN term needs clean images; use one phase, or adversarial_weight"
+            raise BadInput("edges", self.edges, allowed)
+        return self._judged(batch, draw)
+
+    @torch.no_grad()
+    def samples(self, batch: Batch, draw: Draw) -> Tensor:
+        """Our predictions ``[B, ...]`` for a critic, as in `generated`."""
+        return self.generated(batch, draw)[0]
+
+    def _judged(self, batch: Batch, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         ours, goal, s = self.predictions(batch, draw)
         terms = {"consistency": DISTANCES[self.distance](ours, goal)}
         if self.adversarial_weight:
             fooled = ADVERSARIES[self.adversary].student(self._logits(ours, s, batch.c, draw))
             terms["adversarial"] = self.adversarial_weight * fooled
-        return terms
+        return ours, terms
 
     def critic_loss(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """Terms of the critic per sample ``[B]``: x_r's prediction is the teacher's side."""

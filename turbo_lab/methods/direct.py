@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from turbo_lab.errors import BadInput
@@ -57,8 +58,17 @@ class Direct:
         Raises:
             BadInput: the batch does not say which noise its samples grew from.
         """
+        return self.generated(batch, draw)[1]
+
+    def generated(self, batch: Batch, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's sample, see `turbo_lab.methods.gan.Generates`, and its loss terms."""
         if batch.z is None:
             raise BadInput("batch.z", None, "direct distillation needs pairs (noise, sample)")
         grid = time_grid(self.steps, shift=self.shift)
         ours = final(sample(self.student, grid, batch.z, batch.c))
-        return {"endpoint": DISTANCES[self.distance](ours, batch.x)}
+        return ours, {"endpoint": DISTANCES[self.distance](ours, batch.x)}
+
+    @torch.no_grad()
+    def samples(self, batch: Batch, draw: Draw) -> Tensor:
+        """The student's samples ``[B, ...]`` for a critic."""
+        return self.generated(batch, draw)[0]

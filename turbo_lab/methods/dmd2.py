@@ -321,13 +321,20 @@ class DMD2:
 
     def student_loss(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """Surrogate per sample ``[B]`` and the terms to watch, or the anchored first step."""
+        return self.generated(batch, draw)[1]
+
+    def generated(self, batch: Batch, draw: Draw) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The x of the student's turn, see `turbo_lab.methods.gan.Generates`, and its loss terms.
+
+        There is no x in the anchored first step, which is not matched.
+        """
         k = draw.shared("step", self.steps)
         state = self.predict(batch, draw, k)
         if k == 0 and self.anchor_weight:
             chord = self.anchor(state.x_t, batch.c)
-            return {"anchor": self.anchor_weight * squared(state.v, chord)}
+            return None, {"anchor": self.anchor_weight * squared(state.v, chord)}
         g, watched = self.gradient(state.x_hat.detach(), batch.c, draw)
-        return {"surrogate": surrogate(state.x_hat, g), **watched}
+        return state.x_hat, {"surrogate": surrogate(state.x_hat, g), **watched}
 
     @torch.no_grad()
     def samples(self, batch: Batch, draw: Draw) -> Tensor:

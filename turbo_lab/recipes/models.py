@@ -81,6 +81,8 @@ class Gan(_Frozen):
             raise BadInput("weight", self.weight, "give either a weight or a balance")
         if self.rho < 1 and self.pairs is None:
             raise BadInput("pairs", None, f"rho={self.rho} needs samples of the teacher")
+        if self.features == "pixels" and self.blocks:
+            raise BadInput("blocks", self.blocks, "pixels have no blocks; leave them out")
         low, high = self.noise_range
         if not 0 <= low <= high <= 1:
             raise BadInput("noise_range", self.noise_range, "use two times, 0 to 1, not falling")
