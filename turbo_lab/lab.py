@@ -20,6 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from turbo_lab import dino
 from turbo_lab.adapters import AdapterSize, Host, Worn
 from turbo_lab.atomic import atomic_write_text, save_tensors
 from turbo_lab.cpu import tune_allocator
@@ -302,10 +303,17 @@ def train(
     device: str = "auto",
     ship: bool = False,
 ) -> Artefact:
-    """Train a recipe unless it is there already; ``ship`` copies it into the package's source."""
-    recipe = resolve(name, profile=profile, seed=seed)
-    store = Store.default()
-    artefact = _trained(recipe, store=store, fresh=fresh, device=chosen_device(device))
+    """Train a recipe unless it is there already; ``ship`` copies it into the package's source.
+
+    ``dino`` is the feature extractor of the adversarial term; every other name is of `RECIPES`.
+    """
+    store, place = Store.default(), chosen_device(device)
+    if name == dino.NAME:
+        features = dino.dino_recipe(profile, seed=seed)
+        artefact = dino.trained_with_progress(features, store=store, fresh=fresh, device=place)
+    else:
+        recipe = resolve(name, profile=profile, seed=seed)
+        artefact = _trained(recipe, store=store, fresh=fresh, device=place)
     if ship:
         store.ship(artefact)
     return artefact
