@@ -34,10 +34,10 @@ SMALL = AdapterSize(rank=4, alpha=4, targets=("to_q", "to_v", "img_mlp.net.2", "
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, two prompts and two images."""
     folder = tmp_path_factory.mktemp("factory")
-    tiny_qwen.write_pipeline(folder / "model")
+    shutil.copytree(tiny_model, folder / "model")
     tiny_qwen.write_prompts(folder / "prompts.txt", "a cat", "two dogs on the moss")
     tiny_qwen.write_images(folder / "images", n=2)
     return folder
@@ -74,7 +74,10 @@ def history(artefact: Artefact) -> list[dict[str, Any]]:
 # --- training -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["progressive", "consistency", "continuous", "direct-2", "dmd2-2"])
+@pytest.mark.parametrize(
+    "name",
+    ["progressive", "consistency", "pcm-dmd2-2", "continuous", "direct-2", "dmd2-2"],
+)
 def test_every_method_trains_and_leaves_an_artefact(world: Path, caches: Store, name: str) -> None:
     work = job(world, name)
     artefact = factory.trained(work, store=caches)

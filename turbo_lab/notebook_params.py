@@ -49,11 +49,18 @@ class Dmd03(NotebookParams):
     captions: Annotated[int, Field(ge=0, le=100_000)] = 0
 
 
+class Warm04(NotebookParams):
+    """Parameters of ``04_pcm_...``; ``captions=0`` means as many as the profile says."""
+
+    captions: Annotated[int, Field(ge=0, le=100_000)] = 0
+
+
 #: Notebooks with parameters of their own; the others take ``NotebookParams``.
 NOTEBOOKS: dict[str, type[NotebookParams]] = {
     "01_teacher": Teacher01,
     "02_blur_in_trajectory_distillation": Blur02,
     "03_dmd2_and_mode_collapse": Dmd03,
+    "04_pcm_warm_start": Warm04,
 }
 
 

@@ -166,21 +166,44 @@ def progressive(size: int, profile: Profile, seed: int, source: Source) -> QwenR
     return _recipe("progressive", size, profile, seed, source, *stages)
 
 
-def consistency(size: int, profile: Profile, seed: int, source: Source) -> QwenRecipe:
-    """Discrete consistency with one phase: grid, rate, decay and budget of PCM's adapter on SD3.
+def _consistent(size: int, profile: Profile, edges: tuple[float, ...]) -> QwenStage:
+    """A consistency stage with the grid, rate, decay and budget of PCM's adapter on SD3.
 
     100 Euler points, Huber, rate 5e-6 with weight decay 1e-3, the student itself as target, 20,000
     steps; 1,000 to 2,000 are said to show clear improvement.
     """
-    stage = _stage(
+    options: dict[str, Option] = {
+        "grid_steps": 100,
+        "distance": "huber",
+        "shift": resolution_shift(size),
+    }
+    return _stage(
         size,
         "consistency",
         profile,
         {"smoke": 4, "quick": 2000, "paper": 20_000},
         {"student": Rates(lr=5e-6, weight_decay=1e-3, warmup=20)},
-        {"grid_steps": 100, "distance": "huber", "shift": resolution_shift(size)},
+        {**options, "edges": edges} if edges else options,
     )
-    return _recipe("consistency", size, profile, seed, source, stage)
+
+
+def consistency(size: int, profile: Profile, seed: int, source: Source) -> QwenRecipe:
+    """Discrete consistency with one phase."""
+    return _recipe("consistency", size, profile, seed, source, _consistent(size, profile, ()))
+
+
+def pcm(size: int, profile: Profile, seed: int, source: Source) -> QwenRecipe:
+    """Phased consistency: two phases that meet at the second time of the published 2 steps."""
+    return _recipe("pcm", size, profile, seed, source, _consistent(size, profile, WULI[1:]))
+
+
+def warm(size: int, profile: Profile, seed: int, source: Source) -> QwenRecipe:
+    """PCM, then distribution matching at the same two steps; the fake score starts as the base."""
+    stages = (
+        _consistent(size, profile, WULI[1:]),
+        *dmd2(size, profile, seed, source, steps=len(WULI)).stages,
+    )
+    return _recipe("pcm-dmd2-2", size, profile, seed, source, *stages)
 
 
 def continuous(size: int, profile: Profile, seed: int, source: Source) -> QwenRecipe:
@@ -252,6 +275,8 @@ QWEN_RECIPES: Mapping[str, tuple[Resolve, tuple[Source, ...]]] = MappingProxyTyp
         "progressive": (progressive, ("pairs", "images")),
         "consistency": (consistency, ("pairs", "images")),
         "continuous": (continuous, ("pairs", "images")),
+        "pcm": (pcm, ("pairs", "images")),
+        "pcm-dmd2-2": (warm, ("pairs", "images")),
         **{f"direct-{n}": (partial(direct, steps=n), ("pairs",)) for n in (8, 4, 2, 1)},
         **{f"dmd2-{n}": (partial(dmd2, steps=n), ("prompts",)) for n in (8, 4, 2)},
     }
