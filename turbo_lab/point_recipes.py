@@ -258,6 +258,65 @@ def rival_recipe(
     )
 
 
+STARTS = ("cold", "consistency", "pcm", "pcm-fake", "transition")
+"""How a DMD2 student may start: as the base, or by a stage of its own; with ``pcm-fake`` the fake
+score starts as the student of that stage too."""
+WARM_SHARE = 0.25
+"""Of the network calls that a warm start spends."""
+
+
+def warm_recipe(
+    start: str, *, steps: int = 2, profile: Profile = "quick", seed: int = 0, world: str = "ring8"
+) -> PointRecipe:
+    """Return the recipe of a DMD2 student with a start of its own, at equal network calls.
+
+    Stages are a warm one, with `WARM_SHARE` of the calls, and the one of `rival_recipe` with the
+    rest. The fake starts as the base, but for ``pcm-fake``.
+
+    Args:
+        start: one of `STARTS`; ``cold`` is `rival_recipe` itself.
+        steps: of the student; ``pcm`` has as many phases.
+        profile: smoke, quick or paper.
+        seed: of the training.
+        world: the mixture.
+
+    Raises:
+        BadInput: unknown start.
+    """
+    if start not in STARTS:
+        raise BadInput("start", start, f"choose one of {', '.join(STARTS)}")
+    cold = rival_recipe(steps=steps, profile=profile, seed=seed, world=world)
+    if start == "cold":
+        return cold
+    (direct,) = cold.stages
+    changed: dict[str, object] = {"steps": max(4, int(direct.steps * (1 - WARM_SHARE)))}
+    if start == "pcm-fake":
+        changed["rivals_from"] = "before"
+    first = _warm_stage(start.removesuffix("-fake"), profile, direct.options["times"])
+    stages = (first, direct.model_copy(update=changed))
+    return cold.model_copy(update={"name": f"{start}-{cold.name}", "stages": stages})
+
+
+def _warm_stage(start: str, profile: Profile, times: object) -> Stage:
+    """5 calls per sample: 3 with gradient, the teacher and the own prediction, or it twice."""
+    assert isinstance(times, tuple)
+    batch_size = RIVAL_BATCH[profile]
+    steps = max(4, int(WARM_SHARE * RIVAL_CALLS[profile] / (5 * batch_size)))
+    rate = Rates(lr=1e-3, weight_decay=0.0, warmup=min(20, steps), final=0.05)
+    edges = times[1:] if start == "pcm" else ()
+    return Stage(
+        method="transition" if start == "transition" else "consistency",
+        options={"times": times}
+        if start == "transition"
+        else {"grid_steps": CONSISTENCY_GRID, "edges": edges},
+        steps=steps,
+        batch_size=batch_size,
+        rates={"student": rate, "head": rate} if start == "transition" else {"student": rate},
+        ema=0.99,
+        teacher="guided",
+    )
+
+
 def rival_calls(steps: int, rival_updates: int, rollout: str) -> float:
     """Network calls per sample in a round of DMD2, the exact teacher's too, three with a gradient.
 

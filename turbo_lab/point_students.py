@@ -22,6 +22,7 @@ from turbo_lab.errors import MissingPiece
 from turbo_lab.field import NULL_LABEL, Field, frozen
 from turbo_lab.fit import Batch, Player, Record, Shadow, fit
 from turbo_lab.methods.kinds import heun
+from turbo_lab.methods.transition import spawn_point_head
 from turbo_lab.path import grid_from_times, time_grid
 from turbo_lab.point_recipes import (
     CALLS,
@@ -32,6 +33,7 @@ from turbo_lab.point_recipes import (
     base_recipe,
     rival_recipe,
     student_recipe,
+    warm_recipe,
 )
 from turbo_lab.recipes import Pairs, Profile, Stage
 from turbo_lab.sample import draw_samples
@@ -58,9 +60,12 @@ __all__ = [
     "stage_samples",
     "student_recipe",
     "trained",
+    "warm_recipe",
     "workbench",
 ]
 
+RIVALS = frozenset({"fake", "head"})
+"""Players beside the student; a stage that has a rate for one gets it."""
 PATH_SHIFT = 1 / 3
 """Timestep shift of these steps, more of them near the data, where paths bend: on ring8, 99% of
 the ends are within 0.0007 of those of 800 steps (evenly spaced, within 0.0024)."""
@@ -125,15 +130,23 @@ def workbench(recipe: PointRecipe, store: Store) -> Workbench:
         pieces["teacher"] = frozen(points(recipe.world).teacher)
     elif stage.teacher == "before":
         pieces["teacher"] = frozen(copy.deepcopy(student))
-    rivals: dict[str, Player] = {}
-    if "fake" in stage.rates:
-        rivals["fake"] = pieces["fake"] = copy.deepcopy(student)
+    rivals = {name: _rival(name, recipe, store, student) for name in RIVALS & stage.rates.keys()}
+    pieces.update(rivals)
     batches = partial(_real, recipe.world)
     if stage.pairs is not None:
         batches = partial(_paired, *exact_pairs(recipe.world, stage.pairs, store=store))
     return Workbench(
         student=student, average=average, pieces=pieces, batches=batches, rivals=rivals
     )
+
+
+def _rival(name: str, recipe: PointRecipe, store: Store, student: PointField) -> Player:
+    """A head, or a fake that starts as the base, or as the stage before if the stage says so."""
+    if name == "head":
+        return spawn_point_head(seed=recipe.seed)
+    if recipe.stages[-1].rivals_from == "before" or recipe.before is None:
+        return copy.deepcopy(student)
+    return _start(recipe.model_copy(update={"stages": recipe.stages[:1]}), store)
 
 
 def _make(recipe: PointRecipe, store: Store, folder: Path) -> None:
@@ -147,7 +160,7 @@ def _make(recipe: PointRecipe, store: Store, folder: Path) -> None:
         optimisers={name: rates.optimiser() for name, rates in stage.rates.items()},
         shadows=(Shadow(of="student", average=bench.average, decay=stage.ema),),
     )
-    if bench.rivals:
+    if "fake" in bench.rivals:
         _watched(records, stage, bench.average, folder)
     for _ in records:
         pass
