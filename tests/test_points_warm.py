@@ -86,10 +86,24 @@ def test_transition_matching_gets_a_head_and_leaves_no_clouds(store: Store, runs
         artefact.file("clouds.safetensors")
 
 
+def test_what_points_do_not_have_is_refused_before_any_work(tmp_path: Path) -> None:
+    first, last = warm_recipe("pcm", profile="smoke").stages
+    options = {**first.options, "adversarial_weight": 0.1}
+    for stages, named in (
+        ((first.model_copy(update={"options": options}), last), "adversarial_weight=0.1"),
+        ((first.model_copy(update={"rivals_from": "before"}), last), "rivals_from='before'"),
+        ((last.model_copy(update={"rivals_from": "before"}),), "rivals_from='before'"),
+    ):
+        recipe = warm_recipe("pcm", profile="smoke").model_copy(update={"stages": stages})
+        with pytest.raises(BadInput, match=named):
+            point_students.trained(recipe, store=Store(cache=tmp_path))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_curves_begin_where_the_start_has_ended(runs: Runs) -> None:
     course = points_warm.course(runs)
     first = course.groupby("start")["part"].min()
-    assert first["cold"] <= 0.25 < first["PCM"]
+    assert first["cold"] == 0 and first["PCM"] == 0.25
     assert course["part"].max() == 1
     assert set(course["start"]) == set(TITLES.values())
 

@@ -298,7 +298,10 @@ def warm_recipe(
 
 
 def _warm_stage(start: str, profile: Profile, times: object) -> Stage:
-    """5 calls per sample: 3 with gradient, the teacher and the own prediction, or it twice."""
+    """5 calls per sample: 3 with gradient, the teacher and the own prediction, or it twice.
+
+    Those of a head are not counted: 11 of a network three quarters as large.
+    """
     assert isinstance(times, tuple)
     batch_size = RIVAL_BATCH[profile]
     steps = max(4, int(WARM_SHARE * RIVAL_CALLS[profile] / (5 * batch_size)))

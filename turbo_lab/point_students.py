@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from turbo_lab.atomic import atomic_write_text, save_tensors
-from turbo_lab.errors import MissingPiece
+from turbo_lab.errors import BadInput, MissingPiece
 from turbo_lab.field import NULL_LABEL, Field, frozen
 from turbo_lab.fit import Batch, Player, Record, Shadow, fit
 from turbo_lab.methods.kinds import heun
@@ -97,7 +97,11 @@ def trained(recipe: PointRecipe, *, store: Store | None = None, fresh: bool = Fa
 
     Each stage is an artefact and starts from the averaged weights of the one before. A stage is
     a matter of seconds, so a killed one begins again.
+
+    Raises:
+        BadInput: a stage asks for what there is not on points.
     """
+    _check_stages(recipe)
     store = store or Store.default()
     if not fresh and (found := store.find(recipe.artefact, recipe.spec())):
         return found
@@ -107,6 +111,16 @@ def trained(recipe: PointRecipe, *, store: Store | None = None, fresh: bool = Fa
         trained(recipe.before, store=store, fresh=fresh)
     make = partial(_make, recipe, store)
     return store.get_or_make(recipe.artefact, recipe.spec(), make, fresh=fresh)
+
+
+def _check_stages(recipe: PointRecipe) -> None:
+    """Refuse, before any work, a critic, and a fake that is to start where there is nothing."""
+    for k, stage in enumerate(recipe.stages):
+        if weight := stage.options.get("adversarial_weight"):
+            raise BadInput("adversarial_weight", weight, "points have no critic: leave it out")
+        if stage.rivals_from == "before" and (k == 0 or "fake" not in stage.rates):
+            allowed = "it needs a fake score and a stage before; leave it out"
+            raise BadInput("rivals_from", "before", allowed)
 
 
 def load(recipe: PointRecipe, artefact: Artefact) -> PointField:

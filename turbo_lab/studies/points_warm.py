@@ -18,6 +18,7 @@ from turbo_lab.claims import Claim, Interval, crossed_bootstrap
 from turbo_lab.path import mix
 from turbo_lab.point_recipes import STARTS, WARM_SHARE
 from turbo_lab.point_students import (
+    CLOUD,
     PointRecipe,
     load,
     path_end,
@@ -88,12 +89,16 @@ class Run:
         return before, after
 
     @property
+    def began(self) -> float:
+        """Share of all network calls that its start has spent."""
+        return WARM_SHARE if self.recipe.before else 0.0
+
+    @property
     def clouds(self) -> dict[float, Tensor]:
         """Samples on the way, by the share of all network calls that were spent."""
         found, rounds = self.artefact.tensors("clouds.safetensors"), self.recipe.stages[-1].steps
-        first = WARM_SHARE if self.recipe.before else 0.0
         return {
-            first + (1 - first) * int(name) / rounds: x.float()
+            self.began + (1 - self.began) * int(name) / rounds: x.float()
             for name, x in sorted(found.items(), key=lambda item: int(item[0]))
         }
 
@@ -226,7 +231,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def course(runs: Runs) -> pd.DataFrame:
-    """The clouds on the way.
+    """The clouds on the way, the first of them before distribution matching.
 
     Columns ``world``, ``start``, ``seed``, ``part`` (of all network calls) and those of
     `turbo_lab.studies.points_density.measured`.
@@ -236,7 +241,8 @@ def course(runs: Runs) -> pd.DataFrame:
         for done, ((world, start), found) in enumerate(runs.runs.items()):
             tick(done, f"{world}, {TITLES[start]}")
             for k, run in enumerate(found):
-                for part, x in run.clouds.items():
+                first = {run.began: runs.samples[world, start][0, k, :CLOUD]}
+                for part, x in {**first, **run.clouds}.items():
                     where = {"world": world, "start": TITLES[start], "seed": k, "part": part}
                     rows.append({**where, **measured(world, x)})
     return pd.DataFrame(rows)
@@ -277,13 +283,13 @@ def claims(runs: Runs, *, profile: str) -> list[Claim]:
 
     return [
         claim("P13", "PCM puts samples nearer to where the teacher's own path ends",
-              "distance before distribution matching, cold minus PCM",
+              "mean distance before distribution matching, cold minus PCM",
               crossed_bootstrap(*nearer[0], statistic=_least)),
         claim("P14", "Of a warm sample the teacher knows the place its own path ends at",
               f"weight of that place at t = {ASKED:g}, PCM minus cold",
               crossed_bootstrap(*knows, statistic=_least)),
         claim("P15", "After distribution matching they are still nearer",
-              "distance at the end, cold minus PCM",
+              "mean distance at the end, cold minus PCM",
               crossed_bootstrap(*nearer[1], statistic=_least)),
         claim("P16", "PCM brings more samples to the modes at equal network calls",
               "within 3 sigma of a mode at the end, PCM minus cold",
