@@ -67,6 +67,30 @@ def _critic(recipe: Recipe, store: Store) -> WithGan:
     return method
 
 
+def test_adversarial_phases_may_look_through_the_teacher(home: tuple[Recipe, Store]) -> None:
+    """The heads learn and are kept; the teacher they look through stays as it is."""
+    teacher, store = home
+    phased = PLAIN.model_copy(
+        update={
+            "method": "consistency",
+            "options": {"edges": (0.7155,), "grid_steps": 4, "adversarial_weight": 0.1},
+            "rates": {name: Rates(lr=1e-3) for name in ("student", "critic")},
+            "taps": "teacher",
+        }
+    )
+    recipe = student(teacher, None).model_copy(update={"stages": (phased,)})
+    artefact = training.trained(recipe, store=store)
+    kept = artefact.tensors(training.RIVAL_FILE)
+    fresh = training.workbench(recipe, store).rivals["critic"].state_dict()
+    assert {name.removeprefix("critic/") for name in kept} == set(fresh)
+    assert not any("transformer" in name for name in kept)
+    assert any(not torch.equal(kept[f"critic/{k}"].float(), v) for k, v in fresh.items())
+    assert training.replay(recipe, artefact, store) == training.recorded(artefact)
+    idle = phased.model_copy(update={"options": {"edges": (0.7155,), "grid_steps": 4}})
+    with pytest.raises(BadInput, match="taps='teacher' is not allowed: this stage has no critic"):
+        training.trained(recipe.model_copy(update={"stages": (idle,)}), store=store)
+
+
 @pytest.mark.parametrize("features", ["teacher", "fake", "pixels", "random"])
 def test_every_kind_of_features_trains_and_replays(
     features: str, home: tuple[Recipe, Store]

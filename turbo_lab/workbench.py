@@ -19,9 +19,11 @@ from turbo_lab.adapters import Host, Worn
 from turbo_lab.atomic import save_tensors
 from turbo_lab.critic import spawn_critic
 from turbo_lab.errors import BadInput, MissingPiece
+from turbo_lab.features import block_taps, normed
 from turbo_lab.field import Field, frozen, guided
 from turbo_lab.fit import Batch, Objective, Player
 from turbo_lab.gan_pieces import GanPieces, gan_pieces
+from turbo_lab.heads import FeatureCritic, spawn_heads
 from turbo_lab.keys import key_of
 from turbo_lab.methods import METHODS
 from turbo_lab.methods.divergences import divergence_named, needs_ratio
@@ -140,6 +142,8 @@ def _asks_ratio(stage: Stage) -> bool:
 def _check_critic(stage: Stage) -> None:
     """A critic needs a rate; one that learns a ratio of densities, samples of the teacher too."""
     if not _asks_critic(stage):
+        if stage.taps is not None:
+            raise BadInput("taps", stage.taps, "this stage has no critic; leave it out")
         return
     why = "divergence" if _asks_ratio(stage) else "adversarial_weight"
     needs = f"{why}={stage.options[why]!r} needs"
@@ -276,6 +280,10 @@ def _rival(name: str, recipe: Recipe, host: Host, student: Worn, device: str) ->
     """A player beside the student, before either of them has learnt anything in this stage."""
     assert recipe.adapter is not None
     sizes = {"channels": LATENT_CHANNELS, "vocabulary": VOCABULARY, "tokens": TOKENS}
+    if name == CRITIC and recipe.stages[-1].taps == "teacher":
+        seen = normed(block_taps(host.bare))
+        heads = spawn_heads(seen.widths, seed=recipe.seed, captions=(VOCABULARY, TOKENS))
+        return FeatureCritic(features=seen, heads=heads.to(device))
     if name == CRITIC:
         return spawn_critic(**sizes, seed=recipe.seed).to(device)
     if name == HEAD:

@@ -94,9 +94,10 @@ class Stage(_Frozen):
 
     ``teacher`` is the guided teacher or the student of the stage before; ``pairs`` replaces real
     postcards by the teacher's samples. A fake score starts as the plain teacher, or, with
-    ``rivals_from`` "before", as the student of the stage before. ``gan`` adds a GAN
-    term, whose pairs are its own. What is None is left out of the key, and of a training: there is
-    no reason to write "teacher" on postcards.
+    ``rivals_from`` "before", as the student of the stage before. A critic that the options ask for
+    is a small network of its own, or, with ``taps``, heads on all blocks of the plain teacher.
+    ``gan`` adds a GAN term, whose pairs are its own. What is None is left out of the key, and of a
+    training: there is no reason to write "teacher" on postcards.
     """
 
     method: str
@@ -113,6 +114,7 @@ class Stage(_Frozen):
     pairs: Pairs | None = None
     rivals_from: Literal["teacher", "before"] | None = None
     gan: Gan | None = None
+    taps: Literal["teacher"] | None = None
 
     @field_validator("method")
     @classmethod
