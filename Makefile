@@ -24,6 +24,7 @@ help:
 	@echo "                  PROFILE=smoke|quick|paper  ONLY=01  JOBS=2"
 	@echo "make test         every test: units, slow ones, notebooks at smoke, nbval"
 	@echo "make check        lint, format, types, import layers, unit tests (what CI runs first)"
+	@echo "                  JOBS=2 processes for the tests"
 	@echo "make lab          JupyterLab on notebooks/"
 	@echo "make bars         recompute every acceptance figure from the shipped artefacts; ONLY=name"
 	@echo "make notebooks    run notebooks/ at quick and store them with fresh outputs; ONLY=01"
@@ -40,11 +41,12 @@ test: $(READY)
 	@TURBO_LAB_FIGURES=runs/tests/figures $(PY) -m pytest -q -m "" tests notebooks \
 		--nbval-lax --nbval-current-env --nbval-cell-timeout 300
 
+# Tests compute on tiny tensors: processes of one thread each are faster than threads.
 check: $(READY)
 	@echo "ruff"; $(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet .
 	@echo "mypy"; $(PY) -m mypy --no-error-summary
 	@echo "import layers"; said=$$($(VENV)/bin/lint-imports --no-logo 2>&1) || { echo "$$said"; exit 1; }
-	@echo "unit tests"; $(PY) -m pytest -q
+	@echo "unit tests"; OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(or $(JOBS),2) --dist worksteal
 
 format: $(READY)
 	@$(PY) -m ruff check --quiet --fix . && $(PY) -m ruff format .

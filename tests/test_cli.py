@@ -82,12 +82,11 @@ def test_wrong_input_is_one_sentence_and_nothing_is_written(
 
 
 def test_qwen_image_is_planned_without_a_gpu_and_trained(
-    empty: Path, monkeypatch: pytest.MonkeyPatch
+    empty: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TURBO_LAB_CACHE", str(empty / "cache"))
-    model = tiny_qwen.write_pipeline(empty / "model")
     prompts = tiny_qwen.write_prompts(empty / "prompts.txt", "a cat", "a dog")
-    command = ["train", "qwen_image", "--recipe", "consistency", "--model", str(model)]
+    command = ["train", "qwen_image", "--recipe", "consistency", "--model", str(tiny_model)]
     command += ["--prompts", str(prompts), "--size", "32", "--profile", "smoke", "--rank", "4"]
     planned = CliRunner().invoke(app, [*command, "--dry-run", "--device", "cuda"])
     assert planned.exit_code == 0, planned.output

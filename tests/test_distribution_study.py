@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields, replace
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from small_lab import small_lab, small_student
+from small_lab import quick_study
 from torch import Tensor
 
 from turbo_lab import explore, measure
@@ -28,15 +28,14 @@ BUDGET = Budget(
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return small_lab(tmp_path_factory.mktemp("cache"))
+def bench(study_lab: Lab) -> Iterator[Lab]:
+    with quick_study(study_lab):
+        yield study_lab
 
 
 @pytest.fixture(scope="module")
 def comparison(bench: Lab) -> Comparison:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("turbo_lab.lab.student_recipe", partial(small_student, bench))
-        return distribution.compare(bench, BUDGET, seed=0)
+    return distribution.compare(bench, BUDGET, seed=0)
 
 
 # --- recipes ------------------------------------------------------------------------------------
@@ -177,10 +176,7 @@ def test_chroma_distance_is_the_wasserstein_distance(comparison: Comparison) -> 
     assert binned == pytest.approx(exact, abs=1 / distribution.BINS)
 
 
-def test_the_explorer_shows_what_was_trained_and_says_what_was_not(
-    bench: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("turbo_lab.lab.student_recipe", partial(small_student, bench))
+def test_the_explorer_shows_what_was_trained_and_says_what_was_not(bench: Lab) -> None:
     box = explore.dmd2_explorer(bench, noises=4)
     knobs, shown = box.children
     picture, note = shown.children

@@ -69,21 +69,21 @@ def shown(title: str, table: pd.DataFrame) -> pd.Series:
     return rate
 
 
-# Ground truth
+# Ground truth; `turbo-lab bars` counts the same on more scenes
 
 
 def test_oracles_are_right_on_fresh_postcards() -> None:
-    rate = shown("Oracles on fresh postcards", measure.fresh_truth(n=1000))
+    rate = shown("Oracles on fresh postcards", measure.fresh_truth(n=500))
     assert (rate >= FRESH_BAR).all()
 
 
 def test_oracles_are_right_under_noise() -> None:
-    rate = shown("... with noise of std 0.04", measure.fresh_truth(n=500, noise=0.04))
+    rate = shown("... with noise of std 0.04", measure.fresh_truth(n=250, noise=0.04))
     assert (rate >= NOISY_BAR).all()
 
 
 def test_oracles_detect_edits_of_the_ground_truth() -> None:
-    rate = shown("Edits detected", measure.edited_truth(n=500))
+    rate = shown("Edits detected", measure.edited_truth(n=200))
     assert (rate >= EDIT_BAR).all()
 
 

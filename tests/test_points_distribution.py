@@ -7,7 +7,6 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
 from scipy.integrate import dblquad
@@ -389,4 +388,3 @@ def test_the_smoke_study_runs_and_runs_again_from_the_store(
         drawn.figure_time_scales(runs, finished), drawn.figure_rollouts(finished, exact),
     ]  # fmt: skip
     assert [len(figure.axes) for figure in figures] == [15, 12, 30, 2, 4, 4]
-    assert isinstance(tilt.table, pd.DataFrame)

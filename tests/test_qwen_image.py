@@ -34,9 +34,8 @@ SIZE = 64
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("qwen") / "tiny"
-    return located(str(tiny_qwen.write_pipeline(folder)))
+def bundle(tiny_model: Path) -> Bundle:
+    return located(str(tiny_model))
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
-from small_lab import small_lab, small_student
+from small_lab import quick_study
 
 from turbo_lab import charts, explore
 from turbo_lab.claims import crossed_bootstrap
@@ -100,17 +100,15 @@ def test_crossed_bootstrap_wants_a_table(shape: tuple[int, ...]) -> None:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    """A bench with a teacher of seconds."""
-    return small_lab(tmp_path_factory.mktemp("cache"))
+def bench(study_lab: Lab) -> Iterator[Lab]:
+    with quick_study(study_lab):
+        yield study_lab
 
 
 @pytest.fixture(scope="module")
 def comparison(bench: Lab) -> Comparison:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("turbo_lab.lab.student_recipe", partial(small_student, bench))
-        budget = Budget(captions=6, seeds=2, steps=(2, 8))
-        return trajectory.compare(bench, budget, seed=0)
+    budget = Budget(captions=6, seeds=2, steps=(2, 8))
+    return trajectory.compare(bench, budget, seed=0)
 
 
 def test_students_share_captions_noise_and_pay_one_call_per_step(comparison: Comparison) -> None:
@@ -172,7 +170,6 @@ def test_students_of_unknown_kind_or_steps_are_refused(bench: Lab) -> None:
 def test_the_explorer_draws_student_and_teacher(
     bench: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("turbo_lab.lab.student_recipe", partial(small_student, bench))
     monkeypatch.setattr(explore, "TEACHER_STEPS", 2)
     box = explore.student_explorer(bench, ("consistency", "continuous"))
     knobs, shown = box.children

@@ -39,7 +39,7 @@ from turbo_lab.studies.warm_start import (
 )
 from turbo_lab.training import history, trained
 
-SWEEP = ("warm-share-50", "warm-second-0.5", "warm-transition")
+SWEEP = ("warm-share-50", "warm-second-0.5", "warm-fake")
 BUDGET = Budget(captions=12, seeds=2, prompts=2, noises=3, sweep=SWEEP)
 
 
