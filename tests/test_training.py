@@ -17,6 +17,7 @@ from turbo_lab.path import time_grid
 from turbo_lab.postcards import caption_tokens
 from turbo_lab.recipes import RECIPES, Rates, Recipe, trajectory
 from turbo_lab.recipes.distribution import VARIANTS
+from turbo_lab.recipes.warm import STARTS
 from turbo_lab.sample import final, sample
 from turbo_lab.store import Store
 from turbo_lab.streams import Draw, noise
@@ -127,7 +128,8 @@ def test_a_second_stage_starts_from_the_first_and_is_an_artefact_of_its_own(
     assert [(line["stage"], line["step"]) for line in lines] == [(1, 12), (2, 4)]
 
 
-ONCE = {"teacher", *(f"dmd2-2-{name}" for name in VARIANTS)}
+AGAIN = {"warm", "warm-second-0.5", "dmd2-2-second-0.5"}
+ONCE = {"teacher", *(f"dmd2-2-{name}" for name in VARIANTS), *STARTS} - AGAIN
 SHIPPED = [
     pytest.param(name, seed, marks=[pytest.mark.slow] if seed else [], id=f"{name}-{seed}")
     for name in RECIPES
