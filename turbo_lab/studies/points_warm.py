@@ -251,10 +251,14 @@ def course(runs: Runs) -> pd.DataFrame:
 def pulls(runs: Runs) -> pd.DataFrame:
     """What the teacher says of samples before distribution matching begins.
 
+    ``pcm-fake`` is left out: until then it is PCM.
+
     Columns ``world``, ``start``, ``seed``, ``t`` and ``knows``, the mean of `knowing`.
     """
     rows = []
     for (world, start), x in runs.samples.items():
+        if start == "pcm-fake":
+            continue
         for k, t in product(range(x.shape[1]), TIMES):
             knows = float(knowing(world, x[0, k], runs.ends[world], t).mean())
             rows.append({"world": world, "start": TITLES[start], "seed": k, "t": t, "knows": knows})
