@@ -31,7 +31,7 @@ from turbo_lab.studies import dino_probe
 
 TINY = VitSize(width=16, depth=2, heads=2)
 HEAD = HeadSize(hidden=16, bottleneck=8, prototypes=32)
-CROPS = Crops(wide=16, reach=4, narrow=8, locals=2)
+CROPS = Crops(wide=16, reach=4, narrow=8, locals=2, grey=0.0)
 
 
 @cache
@@ -41,7 +41,7 @@ def cards(n: int, stream: str = "select") -> Tensor:
 
 def tiny_recipe() -> DinoRecipe:
     recipe = dino.dino_recipe("smoke")
-    return recipe.model_copy(update={"vit": TINY, "head": HEAD, "crops": CROPS})
+    return recipe.model_copy(update={"vit": TINY, "head": HEAD, "crops": (CROPS,)})
 
 
 # --- views --------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def test_windows_and_hiding_by_hand() -> None:
 def game(**changes: float) -> Dino:
     student = spawn_pupil(TINY, HEAD, 0)
     teacher = Teacher(student)
-    return Dino(student=student, teacher=teacher, crops=CROPS, steps=10, **changes)
+    return Dino(student=student, teacher=teacher, crops=(CROPS,), steps=10, **changes)
 
 
 def test_the_loss_is_the_formula_of_the_paper_written_out() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from functools import partial
@@ -153,24 +153,26 @@ class Lab:
     def worn(self, recipe: Recipe, artefact: Artefact, *, family: str, steps: int) -> Student:
         """Put the adapter of an artefact on a copy of the teacher's network, once."""
         assert recipe.adapter is not None
-        host = self.hosts.get(recipe.adapter)
-        if host is None:
-            host = Host(copy.deepcopy(self.testbed.net), part="transformer")
-            self.hosts[recipe.adapter] = host
-        name = f"a{artefact.key}"
-        if name not in host.sizes:
-            adapter = host.add(name, recipe.adapter, seed=0)
-            adapter.load_state_dict({k: v.float() for k, v in artefact.tensors().items()})
-        field = frozen(Worn(host=host, name=name))
-        eta = FAMILIES[family].eta
         return Student(
             family=family,
             steps=steps,
-            eta=eta,
+            eta=FAMILIES[family].eta,
             artefact=artefact,
-            field=field,
+            field=self.dressed(recipe.adapter, artefact),
             times=recipe.times,
         )
+
+    def dressed(self, size: AdapterSize, artefact: Artefact) -> VelocityField:
+        """Return the teacher's network in an adapter of this size, frozen."""
+        host = self.hosts.get(size)
+        if host is None:
+            host = Host(copy.deepcopy(self.testbed.net), part="transformer")
+            self.hosts[size] = host
+        name = f"a{artefact.key}"
+        if name not in host.sizes:
+            adapter = host.add(name, size, seed=0)
+            adapter.load_state_dict({k: v.float() for k, v in artefact.tensors().items()})
+        return frozen(Worn(host=host, name=name))
 
     def samples(
         self, sampling: Sampling, what: str = "", student: Student | None = None
@@ -216,9 +218,16 @@ class Lab:
         return self.draw_for(self.scenes(sampling).tokens, sampling, what, student)
 
     def draw_for(
-        self, tokens: Tensor, sampling: Sampling, what: str = "", student: Student | None = None
+        self,
+        tokens: Tensor,
+        sampling: Sampling,
+        what: str = "",
+        student: Student | None = None,
+        *,
+        first: int = 0,
+        batch: int = 64,
     ) -> tuple[Tensor, float, float]:
-        """Draw one image for each row of tokens ``[n, 5]``; see `draw`."""
+        """Draw one image for each row of tokens ``[n, 5]``, from noise ``first`` on; see `draw`."""
         net = counted(self.testbed.net if student is None else student.field)
         scale = sampling.guidance_scale if student is None else 1.0
         field = guided(frozen(net), self.testbed.null, scale, rescale=sampling.rescale)
@@ -230,9 +239,9 @@ class Lab:
                 self.testbed.shape,
                 tokens,
                 seed=sampling.seed,
-                indices=range(len(tokens)),
+                indices=range(first, first + len(tokens)),
                 eta=sampling.eta,
-                batch=64,
+                batch=batch,
                 device=self.device,
                 progress=lambda done, _: tick(done, ""),
             )
@@ -319,53 +328,6 @@ def train(
     return artefact
 
 
-def sample_images(
-    *,
-    testbed: str,
-    captions: Sequence[str],
-    steps: int,
-    guidance: float,
-    seed: int,
-    out: Path,
-    student: str = "",
-    device: str = "auto",
-) -> None:
-    """Draw one picture per caption in a row and write it as PNG, eight times enlarged.
-
-    A ``student`` is a family's name; it has its guidance distilled in, and the teacher draws if
-    none is named.
-
-    Raises:
-        BadInput: unknown testbed or student, no caption, a caption outside the grammar, or a file
-            name that is not a PNG; before anything is loaded.
-    """
-    from PIL import Image
-
-    from turbo_lab.figures import contact_sheet
-
-    if testbed != "postcards":
-        raise BadInput("testbed", testbed, "choose postcards")
-    if not captions:
-        raise BadInput("caption", "", "give at least one caption")
-    if out.suffix.lower() != ".png":
-        raise BadInput("out", str(out), "name a .png file")
-    if not out.absolute().parent.is_dir():
-        raise BadInput("out", str(out), "its folder must exist")
-    sampling = checked_sampling({"steps": steps, "guidance_scale": guidance, "seed": seed})
-    if student:
-        student_recipe(student, steps=steps)  # refuses what there is no student for
-    from turbo_lab.postcards import caption_tokens
-
-    tokens = caption_tokens(captions)
-    lab = open_lab(device=device)
-    who = lab.student(student, steps=steps) if student else None
-    if who is not None:
-        sampling = who.sampling(n=len(tokens), seed=seed)
-    images, _, _ = lab.draw_for(tokens, sampling, "", who)
-    sheet = contact_sheet(images, columns=min(8, len(images)), enlarge=8)
-    Image.fromarray(sheet).save(out)
-
-
 def checked_sampling(values: Mapping[str, object]) -> Sampling:
     """Validate sampling parameters.
 
@@ -385,7 +347,7 @@ def checked_sampling(values: Mapping[str, object]) -> Sampling:
 
 
 def _trained(recipe: Recipe, *, store: Store, fresh: bool, device: str) -> Artefact:
-    total = sum(stage.steps for stage in recipe.stages)
+    total = recipe.steps_before + recipe.stages[-1].steps
     with progress(total, f"training {recipe.name}") as tick:
 
         def watch(record: Record, done: int) -> None:

@@ -22,6 +22,7 @@ from turbo_lab.store import Artefact, Checkpoints, Store
 from turbo_lab.streams import seed_for
 from turbo_lab.workbench import (
     PAIRS,
+    RIVAL_FILE,
     Workbench,
     check_stages,
     draw_all_pairs,
@@ -46,7 +47,6 @@ __all__ = [
     "workbench",
 ]
 
-RIVAL_FILE = "rivals.safetensors"
 SAVE_SECONDS = 60.0
 """Seconds between two checkpoints: what a kill can cost."""
 TRACE_STEPS = 3
@@ -118,10 +118,10 @@ def _make(recipe: Recipe, store: Store, device: str, watch: Watch, folder: Path)
     tune_allocator()
     stage = recipe.stages[-1]
     draw_all_pairs(recipe, store, device)
-    earlier = sum(s.steps for s in recipe.stages[:-1])
+    earlier = recipe.steps_before
     work = store.workdir(recipe.artefact, recipe.spec())
     bench = workbench(recipe, store, device)
-    lines = TrainingHistory(work / "history.jsonl", stage=len(recipe.stages))
+    lines = TrainingHistory(work / "history.jsonl", stage=recipe.depth)
     saving = Saving(checkpoints=Checkpoints(folder=work), every_seconds=SAVE_SECONDS)
     shadow = Shadow(of="student", average=bench.average, decay=stage.ema)
     for record in _fit(recipe, bench, (shadow,), saving):
@@ -163,7 +163,7 @@ def _fit(
 
 def _stage_seed(recipe: Recipe) -> int:
     """Every stage draws other noise; the first draws that of the recipe's own seed."""
-    stage = len(recipe.stages) - 1
+    stage = recipe.depth - 1
     return seed_for(recipe.seed, "stage", stage) if stage else recipe.seed
 
 
@@ -191,5 +191,5 @@ def _unwatched(record: Record, done: int) -> None:
 
 def _earlier_history(recipe: Recipe, store: Store) -> str:
     """history.jsonl of the stages before the last, which travels with each stage."""
-    found = recipe.before and store.find(recipe.artefact, recipe.before.spec())
+    found = recipe.before and store.find(recipe.before.artefact, recipe.before.spec())
     return found.file("history.jsonl").read_text(encoding="utf-8") if found else ""

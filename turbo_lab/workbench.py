@@ -45,6 +45,7 @@ from turbo_lab.testbeds.postcards import (
 )
 
 PAIRS = "postcards/pairs"
+RIVAL_FILE = "rivals.safetensors"
 _DRAWN: dict[tuple[str, str], dict[int, Tensor]] = {}
 """Pairs of this process by key and device: the replays of several students share them."""
 
@@ -108,9 +109,19 @@ def check_stages(recipe: Recipe) -> None:
         if stage.rivals_from is not None and FAKE not in _fields_of(stage):
             allowed = f"method {stage.method!r} has no rival to start; leave it out"
             raise BadInput("rivals_from", stage.rivals_from, allowed)
-        if stage.rivals_from == "before" and k == 0:
-            allowed = "there is no stage before the first; use 'teacher' or leave it out"
-            raise BadInput("rivals_from", "before", allowed)
+        if stage.rivals_from in ("before", FAKE):
+            _check_rivals(stage, recipe.stages[k - 1] if k else recipe.start)
+
+
+def _check_rivals(stage: Stage, before: Stage | Recipe | None) -> None:
+    """A fake score that is to start from the stage before needs one there."""
+    if before is None:
+        allowed = "there is no stage before the first; use 'teacher' or leave it out"
+        raise BadInput("rivals_from", stage.rivals_from, allowed)
+    last = before.stages[-1] if isinstance(before, Recipe) else before
+    if stage.rivals_from == FAKE and FAKE not in _fields_of(last):
+        allowed = f"the stage before, {last.method!r}, has no fake score; use 'before' or 'teacher'"
+        raise BadInput("rivals_from", FAKE, allowed)
 
 
 def _fields_of(stage: Stage) -> set[str]:
@@ -226,6 +237,9 @@ def _adapter_bench(recipe: Recipe, store: Store, device: str) -> Workbench:
         for name in rivals_of(stage)
         if name not in apart
     }
+    if stage.rivals_from == FAKE and recipe.before is not None:
+        earlier = rival_weights(_found(recipe.before, store), FAKE)
+        rivals[FAKE].load_state_dict(earlier)
     pieces: dict[str, object] = {
         "student": student,
         "average": average,
@@ -274,6 +288,12 @@ def _gan(
         seed=recipe.seed,
         device=device,
     )
+
+
+def rival_weights(artefact: Artefact, name: str) -> dict[str, Tensor]:
+    """Weights of a rival as they were when the student of an artefact was finished."""
+    found = floats(artefact.tensors(RIVAL_FILE))
+    return {k.removeprefix(f"{name}/"): v for k, v in found.items() if k.startswith(f"{name}/")}
 
 
 def _rival(name: str, recipe: Recipe, host: Host, student: Worn, device: str) -> Player:

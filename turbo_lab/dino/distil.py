@@ -152,7 +152,7 @@ class Dino:
     Args:
         student: what learns.
         teacher: its average; its backbone is what is kept.
-        crops: how views are cut.
+        crops: how views are cut; every step draws one of them for its whole batch.
         steps: of the whole training, for the teacher's momentum.
         student_temperature, teacher_temperature: :math:`\tau_s` and the smaller :math:`\tau_t`.
         momentum: of the teacher, at first.
@@ -161,7 +161,7 @@ class Dino:
 
     student: Pupil
     teacher: Teacher
-    crops: Crops
+    crops: Sequence[Crops]
     steps: int
     student_temperature: float = 0.1
     teacher_temperature: float = 0.04
@@ -184,7 +184,8 @@ class Dino:
 
     def loss(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """Terms ``views`` and ``patches`` per sample ``[B]`` of pictures ``[B, 3, 32, 32]``."""
-        views = self.crops.cut(batch.x, draw)
+        crops = self.crops[draw.shared("crops", len(self.crops))]
+        views = crops.cut(batch.x, draw)
         wide = torch.cat([views.first, views.second])
         whole, tokens = self.teacher(wide)
         seen = torch.cat([hide(views.first, views.covered), views.second])

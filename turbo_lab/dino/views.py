@@ -1,6 +1,6 @@
-"""Views of a postcard: windows of its own pixels, a little brighter or darker, partly covered.
+"""Views of a postcard: windows of its own pixels, a little brighter or darker, some of them grey.
 
-Nothing is resized, mirrored or recoloured: a digit stays a digit, a hue a hue, grain its grain.
+Nothing is resized or mirrored: a digit stays a digit, grain its grain.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from turbo_lab.dino.net import PATCH
+from turbo_lab.measure.views import LUMA
 from turbo_lab.postcards import SIZE
 from turbo_lab.streams import Draw
 
@@ -41,18 +42,21 @@ class Crops(BaseModel):
         cover: share of the tokens of the first window that are covered.
         light: largest change of brightness, and of contrast as a share.
         noise: standard deviation of pixel noise.
+        grey: share of the windows that lose their colour, each for itself, as in DINO: what two
+            windows share must not be their hue alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    wide: int = Field(16, ge=PATCH, le=SIZE, multiple_of=PATCH)
-    reach: int = Field(3, ge=0, le=SIZE)
+    wide: int = Field(8, ge=PATCH, le=SIZE, multiple_of=PATCH)
+    reach: int = Field(1, ge=0, le=SIZE)
     sharpness: float = Field(6.0, ge=0, le=20)
     narrow: int = Field(8, ge=PATCH, le=SIZE, multiple_of=PATCH)
-    locals: int = Field(1, ge=0)
+    locals: int = Field(0, ge=0)
     cover: float = Field(0.25, gt=0, lt=1)
     light: float = Field(0.1, ge=0, lt=1)
-    noise: float = Field(0.02, ge=0)
+    noise: float = Field(0.1, ge=0)
+    grey: float = Field(0.2, ge=0, le=1)
 
     @property
     def covered(self) -> int:
@@ -78,7 +82,11 @@ class Crops(BaseModel):
         )
 
     def _lit(self, x: Tensor, draw: Draw) -> Tensor:
-        """Change contrast, brightness and every pixel a little."""
+        """Take the colour of some, change contrast, brightness and every pixel a little."""
+        if self.grey:
+            luminance = torch.einsum("bchw,c->bhw", x, x.new_tensor(LUMA))[:, None]
+            bare = (draw.uniform("grey") < self.grey).to(x.device)
+            x = torch.where(bare[:, None, None, None], luminance.expand_as(x), x)
         contrast, brightness = (
             ((2 * draw.uniform(name) - 1) * self.light).to(x)[:, None, None, None]
             for name in ("contrast", "brightness")

@@ -31,6 +31,8 @@ _HOME = {
         "free_ground",
         "ground_patches",
         "read_grounds",
+        "Slices",
+        "sliced",
         "sliced_wasserstein",
         "window_power",
     ),

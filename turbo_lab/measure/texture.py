@@ -6,6 +6,8 @@ nothing is told about the sample but which ground its caption asked for.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -155,14 +157,48 @@ def sliced_wasserstein(a: Tensor, b: Tensor, *, projections: int = 64, seed: int
     """
     if a.shape[-1] != b.shape[-1] or a.numel() == 0 or b.numel() == 0:
         raise BadInput("b", tuple(b.shape), f"use vectors of length {a.shape[-1]}, at least one")
+    slices = sliced(b, projections=projections, seed=seed)
+    return slices.distance(slices.along(a))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slices:
+    """A set of vectors along fixed directions, ordered once: many samples are held against it.
+
+    Attributes:
+        directions: unit vectors ``[D, P]``.
+        ordered: the set along each of them, rising, ``[n, P]``.
+    """
+
+    directions: Tensor
+    ordered: Tensor
+
+    def along(self, vectors: Tensor) -> Tensor:
+        """Coordinates ``[..., P]`` of vectors ``[..., D]`` along the directions."""
+        return vectors @ self.directions
+
+    def distance(self, coordinates: Tensor) -> float:
+        """`sliced_wasserstein` between the set and samples with these coordinates ``[..., P]``."""
+        ours = coordinates.reshape(-1, coordinates.shape[-1]).sort(0).values
+        n = min(len(ours), len(self.ordered))
+        return float((_quantiles(ours, n) - _quantiles(self.ordered, n)).abs().mean())
+
+
+def sliced(vectors: Tensor, *, projections: int = 64, seed: int = 0) -> Slices:
+    """Order a set of vectors ``[..., D]`` along random directions, see `sliced_wasserstein`.
+
+    Raises:
+        BadInput: no projections or a negative seed.
+    """
     if projections < 1:
         raise BadInput("projections", projections, "use at least 1")
-    directions = rng(seed, "slices").standard_normal((a.shape[-1], projections))
+    width = vectors.shape[-1]
+    directions = rng(seed, "slices").standard_normal((width, projections))
     unit_vectors = torch.from_numpy(directions / (directions**2).sum(0) ** 0.5).float()
-    ours = (a.reshape(-1, a.shape[-1]) @ unit_vectors).sort(0).values
-    theirs = (b.reshape(-1, b.shape[-1]) @ unit_vectors).sort(0).values
-    n = min(len(ours), len(theirs))
-    return float((_quantiles(ours, n) - _quantiles(theirs, n)).abs().mean())
+    return Slices(
+        directions=unit_vectors,
+        ordered=(vectors.reshape(-1, width) @ unit_vectors).sort(0).values,
+    )
 
 
 def _quantiles(ordered: Tensor, n: int) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from turbo_lab.errors import BadInput
-from turbo_lab.recipes import distribution, trajectory, warm
+from turbo_lab.recipes import adversarial, distribution, trajectory, warm
 from turbo_lab.recipes.models import WORLD, Family, Gan, Pairs, Profile, Rates, Recipe, Stage
 from turbo_lab.recipes.teacher import GUIDANCE, teacher
 
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {**trajectory.FAMILIES, **distribution.FAMILIES, **warm.FAMILIES}
+    {**trajectory.FAMILIES, **distribution.FAMILIES, **warm.FAMILIES, **adversarial.FAMILIES}
 )
 """Students that notebooks compare, by method."""
 
@@ -45,7 +45,13 @@ def student_recipe(family: str, *, steps: int, profile: Profile = "quick", seed:
 
 
 RECIPES: Mapping[str, Callable[[Profile, int], Recipe]] = MappingProxyType(
-    {"teacher": teacher, **trajectory.RECIPES, **distribution.RECIPES, **warm.RECIPES}
+    {
+        "teacher": teacher,
+        **trajectory.RECIPES,
+        **distribution.RECIPES,
+        **warm.RECIPES,
+        **adversarial.RECIPES,
+    }
 )
 
 

@@ -93,9 +93,10 @@ class Stage(_Frozen):
     """One method, its options and its budget.
 
     ``teacher`` is the guided teacher or the student of the stage before; ``pairs`` replaces real
-    postcards by the teacher's samples. A fake score starts as the plain teacher, or, with
-    ``rivals_from`` "before", as the student of the stage before. A critic that the options ask for
-    is a small network of its own, or, with ``taps``, heads on all blocks of the plain teacher.
+    postcards by the teacher's samples. A fake score starts as the plain teacher, or, by
+    ``rivals_from``, as the student of the stage before ("before") or as its fake score ("fake"). A
+    critic that the options ask for is a small network of its own, or, with ``taps``, heads on all
+    blocks of the plain teacher.
     ``gan`` adds a GAN term, whose pairs are its own. What is None is left out of the key, and of a
     training: there is no reason to write "teacher" on postcards.
     """
@@ -112,7 +113,7 @@ class Stage(_Frozen):
     teacher: Literal["guided", "before"] | None = None
     guidance_scale: float | None = Field(None, ge=0, le=20)
     pairs: Pairs | None = None
-    rivals_from: Literal["teacher", "before"] | None = None
+    rivals_from: Literal["teacher", "before", "fake"] | None = None
     gan: Gan | None = None
     taps: Literal["teacher"] | None = None
 
@@ -128,7 +129,8 @@ class Recipe(_Frozen):
     """A named list of stages on a testbed.
 
     A student has a ``teacher``, the recipe of the network it starts from, and is an ``adapter``
-    on it.
+    on it. It may go on from the student of another recipe, ``start``, on the same teacher and of
+    the same size: many recipes then share the artefact of that one.
     """
 
     name: str
@@ -139,6 +141,16 @@ class Recipe(_Frozen):
     stages: tuple[Stage, ...] = Field(min_length=1)
     teacher: Recipe | None = None
     adapter: AdapterSize | None = None
+    start: Recipe | None = None
+
+    @model_validator(mode="after")
+    def _goes_on(self) -> Recipe:
+        if self.start is None:
+            return self
+        same = (self.start.teacher, self.start.adapter) == (self.teacher, self.adapter)
+        if self.teacher is None or not same:
+            raise BadInput("start", self.start.name, "use a student of this teacher and size")
+        return self
 
     @property
     def artefact(self) -> str:
@@ -147,13 +159,24 @@ class Recipe(_Frozen):
 
     @property
     def before(self) -> Recipe | None:
-        """The recipe without its last stage: what that stage starts from, if anything."""
+        """The recipe of what the last stage starts from, if anything."""
         kept = self.stages[:-1]
-        return self.model_copy(update={"stages": kept}) if kept else None
+        return self.model_copy(update={"stages": kept}) if kept else self.start
+
+    @property
+    def depth(self) -> int:
+        """Stages from the teacher, or from nothing, to the end."""
+        return len(self.stages) + (self.start.depth if self.start else 0)
 
     def spec(self) -> dict[str, Any]:
         """What the key of the artefact is made of."""
         return self.model_dump(mode="json", exclude_none=True)
+
+    @property
+    def steps_before(self) -> int:
+        """Training steps of all stages before the last."""
+        before = self.before
+        return before.steps_before + before.stages[-1].steps if before else 0
 
     @property
     def times(self) -> tuple[float, ...]:
@@ -165,9 +188,10 @@ class Recipe(_Frozen):
 
     @property
     def samples_seen(self) -> int:
-        """Training samples used in all stages, and in those of the teacher."""
+        """Training samples used in all stages, in those of the start and of the teacher."""
         own = sum(stage.steps * stage.batch_size for stage in self.stages)
-        return own + (self.teacher.samples_seen if self.teacher else 0)
+        earlier = self.start or self.teacher
+        return own + (earlier.samples_seen if earlier else 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,138 @@
+"""Students of notebook 05: the warm 2-step student goes on with a GAN term beside its DMD2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
+from typing import Literal
+
+from turbo_lab.errors import BadInput
+from turbo_lab.recipes.distribution import RIVAL_UPDATES, calls_per_round
+from turbo_lab.recipes.models import Family, Gan, Pairs, Profile, Rates, Recipe
+from turbo_lab.recipes.warm import STEPS, warm
+
+START = "warm-second-0.5"
+"""The student that all go on from, of the same seed: the best 2-step student before."""
+CALLS = {"smoke": 1_000, "quick": 60_000, "paper": 600_000}
+"""Network calls of this stage. Features of a critic are not counted, nor the teacher's samples on
+its real side, which all share; the student's samples that it looks at are."""
+PAIRS = {
+    "smoke": Pairs(n=8, steps=4),
+    "quick": Pairs(n=1024, steps=40),
+    "paper": Pairs(n=4096, steps=40),
+}
+"""Samples of the guided teacher on a critic's real side, by profile."""
+TAPS_NOISE = (0.0, 0.2)
+"""Times to which latents are noised before the taps of a network that has learnt to see noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Against:
+    """The critic of a student.
+
+    Args:
+        title: for tables and figures.
+        features: what the critic looks through.
+        rho: share of real postcards on its real side; the rest is the teacher's.
+        balance: of the gradients, see `turbo_lab.methods.gan.WithGan`.
+        loss: of the game.
+    """
+
+    title: str
+    features: Literal["dino", "teacher", "fake", "pixels", "random"] = "teacher"
+    rho: float = 0.5
+    balance: float = 1.0
+    loss: Literal["logistic", "hinge"] = "logistic"
+
+    def gan(self, profile: Profile) -> Gan:
+        """The GAN term of a stage."""
+        return Gan(
+            features=self.features,
+            rho=self.rho,
+            pairs=None if self.rho == 1 else PAIRS[profile],
+            balance=self.balance,
+            loss=self.loss,
+            augment=("translation",),
+            noise_range=TAPS_NOISE if self.features in ("teacher", "fake") else (0.0, 0.0),
+        )
+
+
+MAIN = Against(title="+ GAN")
+AGAINST: Mapping[str, Against] = MappingProxyType(
+    {
+        "gan": MAIN,
+        **{
+            f"gan-{name}": replace(MAIN, features=name, title=title)
+            for name, title in (
+                ("dino", "mini-DINO"),
+                ("fake", "taps of the fake score"),
+                ("pixels", "pixels"),
+                ("random", "random ViT"),
+            )
+        },
+        **{
+            f"gan-rho-{rho:g}": replace(MAIN, rho=rho, title=f"rho {rho:g}")
+            for rho in (0.0, 0.25, 0.75, 1.0)
+        },
+        **{
+            f"gan-balance-{b:g}": replace(MAIN, balance=b, title=f"balance {b:g}")
+            for b in (0.25, 4.0)
+        },
+        "gan-hinge": replace(MAIN, loss="hinge", title="hinge loss"),
+    }
+)
+"""Students with a GAN term by family; the first is the main one, each other changes one thing."""
+CONTROL = "gan-none"
+"""The same start and as many calls, without a critic."""
+
+
+def gan(profile: Profile, seed: int, *, name: str = "gan") -> Recipe:
+    """The warm student, and a stage of DMD2 with a GAN term, or without for the control.
+
+    Its fake score goes on from that of the start. The rates are a fraction of those before: a
+    student that moves as fast as in DMD2 outruns its critic, and learns to fool it instead of what
+    it is shown. LOG.md has the looks.
+
+    Args:
+        profile: smoke, quick or paper.
+        seed: of the training, and of the start's.
+        name: of `AGAINST`, or `CONTROL`.
+    """
+    start = warm(profile, seed, name=START)
+    term = None if name == CONTROL else AGAINST[name].gan(profile)
+    last = start.stages[-1]
+    # The critic looks at one more batch of samples in every round.
+    per_round = calls_per_round(STEPS, RIVAL_UPDATES) + (0 if term is None else (STEPS + 1) / 2)
+    rounds = max(2 * RIVAL_UPDATES, int(CALLS[profile] / (per_round * last.batch_size)))
+    rates = {
+        "student": Rates(lr=1e-4, betas=(0.0, 0.999), warmup=10, final=0.1),
+        "fake": Rates(lr=5e-4, betas=(0.0, 0.999), warmup=10, final=0.1),
+    }
+    if term is not None:
+        rates["critic"] = Rates(lr=5e-3, betas=(0.0, 0.99), warmup=10)
+    stage = last.model_copy(
+        update={"steps": rounds, "rates": rates, "gan": term, "rivals_from": "fake"}
+    )
+    return start.model_copy(update={"name": name, "stages": (stage,), "start": start})
+
+
+def _family(steps: int, profile: Profile, seed: int, *, name: str) -> Recipe:
+    if steps != STEPS:
+        raise BadInput("steps", steps, f"choose {STEPS}")
+    return gan(profile, seed, name=name)
+
+
+_TITLES = {CONTROL: "no GAN, as many calls", **{name: a.title for name, a in AGAINST.items()}}
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        name: Family(title=title, eta=0.0, recipe=partial(_family, name=name))
+        for name, title in _TITLES.items()
+    }
+)
+
+RECIPES: Mapping[str, Callable[[Profile, int], Recipe]] = MappingProxyType(
+    {name: partial(gan, name=name) for name in _TITLES}
+)
