@@ -15,7 +15,7 @@ from turbo_lab.recipes.warm import STEPS, warm
 
 START = "warm-second-0.5"
 """The student that all go on from, of the same seed: the best 2-step student before."""
-CALLS = {"smoke": 1_000, "quick": 60_000, "paper": 600_000}
+CALLS = {"smoke": 1_000, "quick": 40_000, "paper": 600_000}
 """Network calls of this stage. Features of a critic are not counted, nor the teacher's samples on
 its real side, which all share; the student's samples that it looks at are."""
 PAIRS = {
@@ -43,7 +43,7 @@ class Against:
     title: str
     features: Literal["dino", "teacher", "fake", "pixels", "random"] = "teacher"
     rho: float = 0.5
-    balance: float = 1.0
+    balance: float = 0.5
     loss: Literal["logistic", "hinge"] = "logistic"
 
     def gan(self, profile: Profile) -> Gan:
@@ -78,7 +78,7 @@ AGAINST: Mapping[str, Against] = MappingProxyType(
         },
         **{
             f"gan-balance-{b:g}": replace(MAIN, balance=b, title=f"balance {b:g}")
-            for b in (0.25, 4.0)
+            for b in (0.125, 2.0)
         },
         "gan-hinge": replace(MAIN, loss="hinge", title="hinge loss"),
     }
