@@ -39,9 +39,10 @@ def small_lab(folder: Path) -> Lab:
 def small(recipe: Recipe, teacher: Recipe) -> Recipe:
     """The recipe of a student of the tiny teacher, two steps per stage."""
     stages = tuple(stage.model_copy(update={"steps": 2}) for stage in recipe.stages)
-    return recipe.model_copy(
-        update={"net": TINY, "teacher": teacher, "adapter": ADAPTER, "stages": stages}
-    )
+    changed = {"net": TINY, "teacher": teacher, "adapter": ADAPTER, "stages": stages}
+    if recipe.start is not None:
+        changed["start"] = small(recipe.start, teacher)
+    return recipe.model_copy(update=changed)
 
 
 def small_student(

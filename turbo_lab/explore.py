@@ -269,6 +269,76 @@ def warm_explorer(lab: Lab, shares: Mapping[str, float], *, noises: int = 12) ->
     return w.HBox([w.VBox([*box.values(), *words.values()]), w.VBox([picture, note])])
 
 
+def gan_png(lab: Lab, caption: str, *, families: Sequence[str], noises: int, seed: int) -> bytes:
+    """Draw a caption with 2-step students, and below each picture a piece of its ground.
+
+    Args:
+        lab: with the teacher.
+        caption: of every picture.
+        families: students, from top to bottom; the same noises for each.
+        noises: how many pictures each.
+        seed: of the noise.
+
+    Raises:
+        BadInput: a family without a 2-step student, a negative seed, or a caption outside the
+            grammar.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from turbo_lab.studies.adversarial_figures import ground_piece
+
+    tokens, sheets = caption_tokens([caption]).expand(noises, -1), []
+    for name in families:
+        student = lab.student(name, steps=2)
+        sampling = checked_sampling({**student.sampling(n=noises).model_dump(), "seed": seed})
+        images, _, _ = lab.draw_for(tokens, sampling, "", student)
+        pieces = ground_piece(images)
+        enlarge = 6 * images.shape[-1] // pieces.shape[-1]
+        sheets.append(contact_sheet(images, columns=noises, enlarge=6, gap=0))
+        sheets.append(contact_sheet(pieces, columns=noises, enlarge=enlarge, gap=0))
+    buffer = io.BytesIO()
+    Image.fromarray(np.concatenate(sheets)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def gan_explorer(
+    lab: Lab, changes: Mapping[str, Mapping[str, str]], *, control: str, noises: int = 4
+) -> ipywidgets.Widget:
+    """Controls for what the GAN term is, caption and noise, beside the student without it.
+
+    Args:
+        lab: with the teacher.
+        changes: what can be changed, to family and label, see
+            `turbo_lab.studies.adversarial.groups`.
+        control: the family drawn on top.
+        noises: pictures of each.
+    """
+    import ipywidgets as w
+
+    options = [
+        (f"{title}: {label}", f) for title, own in changes.items() for f, label in own.items()
+    ]
+    family = w.Dropdown(options=options, description="GAN")
+    seed = w.BoundedIntText(value=0, min=0, max=10**6, description="noise")
+    words = _words()
+    picture, note = w.Image(format="png", width=760), w.Label()
+
+    def draw(_: object = None) -> None:
+        try:
+            caption = str(Caption(**{name: word.value for name, word in words.items()}))
+            families = [control, family.value]
+            picture.value = gan_png(lab, caption, families=families, noises=noises, seed=seed.value)
+            note.value = f"{caption} · above without a GAN, below with it ({family.label})"
+        except TurboLabError as error:
+            note.value = str(error)
+
+    for knob in (family, seed, *words.values()):
+        knob.observe(draw, names="value")
+    draw()
+    return w.HBox([w.VBox([family, seed, *words.values()]), w.VBox([picture, note])])
+
+
 def _words() -> dict[str, ipywidgets.Widget]:
     import ipywidgets as w
 

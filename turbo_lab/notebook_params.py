@@ -55,12 +55,19 @@ class Warm04(NotebookParams):
     captions: Annotated[int, Field(ge=0, le=100_000)] = 0
 
 
+class Gan05(NotebookParams):
+    """Parameters of ``05_gan_...``; ``captions=0`` means as many as the profile says."""
+
+    captions: Annotated[int, Field(ge=0, le=100_000)] = 0
+
+
 #: Notebooks with parameters of their own; the others take ``NotebookParams``.
 NOTEBOOKS: dict[str, type[NotebookParams]] = {
     "01_teacher": Teacher01,
     "02_blur_in_trajectory_distillation": Blur02,
     "03_dmd2_and_mode_collapse": Dmd03,
     "04_pcm_warm_start": Warm04,
+    "05_gan_texture": Gan05,
 }
 
 

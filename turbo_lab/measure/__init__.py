@@ -23,7 +23,7 @@ _HOME = {
         "read_garments",
         "saturation",
     ),
-    "sharpness": ("high_frequency_share", "psd_slope", "radial_power"),
+    "sharpness": ("high_frequency_share", "psd_slope", "radial_power", "scrambled"),
     "texture": (
         "band_energy",
         "expected_band_energy",

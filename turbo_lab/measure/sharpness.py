@@ -7,6 +7,7 @@ from torch import Tensor
 
 from turbo_lab.measure.views import luma
 from turbo_lab.postcards import SIZE
+from turbo_lab.streams import rng
 
 HIGH_FREQUENCY = 0.25
 """Cycles per pixel from which power counts as high frequency; Nyquist is 0.5."""
@@ -41,6 +42,25 @@ def high_frequency_share(images: Tensor) -> Tensor:
     radius = (frequency[:, None] ** 2 + frequency[None, :] ** 2).sqrt()
     power = _power(images)
     return power[:, radius >= HIGH_FREQUENCY].sum(1) / power.sum((1, 2)).clamp_min(1e-12)
+
+
+def scrambled(images: Tensor, *, seed: int = 0) -> Tensor:
+    """Pictures of the same spectrum in which nothing is to be seen: ``[B, 3, H, W]``, not clipped.
+
+    The phase of every frequency is turned by that of white noise, the same in all channels, so the
+    spectrum of the whole picture and the correlation of the channels stay as they are (Galerne et
+    al. 2011, doi 10.1109/TIP.2010.2052822). What a measure gives for such pictures is what it knows
+    of the spectrum alone.
+
+    Args:
+        images: ``[B, 3, H, W]``.
+        seed: of the noise, at least 0.
+    """
+    noise = rng(seed, "phases").standard_normal(images[:, :1].shape)
+    turn = torch.fft.rfft2(torch.from_numpy(noise).to(images.dtype))
+    turn = turn / turn.abs().clamp_min(1e-12)
+    turn[:, :, 0, 0] = 1  # the mean colour stays
+    return torch.fft.irfft2(torch.fft.rfft2(images) * turn, s=images.shape[-2:])
 
 
 def _power(images: Tensor) -> Tensor:

@@ -1,0 +1,268 @@
+"""Figures of notebook 05's postcards, from a comparison of students with and without a GAN."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from turbo_lab import charts, figures, measure
+from turbo_lab.charts import COLOURS
+from turbo_lab.figures import ACCENT, INK, SECOND, SOFT, bare, style
+from turbo_lab.postcards import render
+from turbo_lab.postcards.captions import GROUNDS
+from turbo_lab.studies.adversarial import (
+    CONTROL,
+    FLOOR,
+    GAN,
+    TEACHER,
+    TERMS,
+    TITLES,
+    Comparison,
+    groups,
+    images_of,
+)
+from turbo_lab.studies.textures import METRICS, TEXTURES
+
+CROP = 10
+"""Pixels of a side of a magnified piece of ground."""
+LOOKED_AT = {"real": "real", **TITLES}
+
+
+def magnified(comparison: Comparison, *, each: int = 2, seed: int = 0) -> Figure:
+    """Whole pictures, and below each a piece of its ground: the same captions and noises.
+
+    The captions are the first on each ground; the piece is where most pictures have free ground.
+
+    Args:
+        comparison: of all students.
+        each: captions per ground.
+        seed: which training is shown.
+    """
+    fields = comparison.scenes.fields
+    rows = [
+        int(k)
+        for ground in TEXTURES
+        for k in (fields[:, 2] == GROUNDS.index(ground)).nonzero()[:each, 0]
+    ]
+    shown = _pictures(comparison, seed)
+    with style():
+        figure = Figure(figsize=(1.25 * len(shown), 2.4 * len(rows)), layout="constrained")
+        grid = figure.subplots(2 * len(rows), len(shown), squeeze=False)
+        for r, k in enumerate(rows):
+            images = torch.stack([pictures[k] for pictures in shown.values()])
+            top, left = _freest(images)
+            crops = images[:, :, top : top + CROP, left : left + CROP]
+            for axis, image in zip(grid[2 * r], images, strict=True):
+                axis.imshow(_picture(image), interpolation="nearest")
+                axis.add_patch(_frame(left, top))
+            for axis, crop in zip(grid[2 * r + 1], crops, strict=True):
+                axis.imshow(_picture(crop), interpolation="nearest")
+        for axis in grid.ravel():
+            bare(axis)
+        for axis, title in zip(grid[0], shown, strict=True):
+            axis.set_title(LOOKED_AT[title], fontsize=8)
+    return figure
+
+
+def _pictures(comparison: Comparison, seed: int) -> dict[str, Tensor]:
+    """Real pictures of the captions' own scenes, and those of every sampler."""
+    found = {"real": render(comparison.scenes)}
+    for family in TITLES:
+        own = images_of(comparison, family)
+        found[family] = own[min(seed, len(own) - 1)]
+    return found
+
+
+def _picture(image: Tensor) -> np.ndarray:
+    return figures.contact_sheet(image[None], columns=1, enlarge=1, gap=0)
+
+
+def _frame(left: int, top: int) -> Rectangle:
+    return Rectangle((left - 0.5, top - 0.5), CROP, CROP, fill=False, ec=INK, lw=0.8)
+
+
+def ground_piece(images: Tensor, size: int = 8) -> Tensor:
+    """The square of pictures ``[B, 3, 32, 32]`` that is free ground in most: ``[B, 3, s, s]``."""
+    top, left = _freest(images, size)
+    return images[:, :, top : top + size, left : left + size]
+
+
+def _freest(images: Tensor, size: int = CROP) -> tuple[int, int]:
+    """Corner of the square that is free ground in most of the pictures."""
+    free = measure.read(images).free.float().mean(0)
+    sums = free.unfold(0, size, 1).unfold(1, size, 1).sum((2, 3))
+    at = int(sums.argmax())
+    return at // sums.shape[1], at % sums.shape[1]
+
+
+def dots(rows: pd.DataFrame, metrics: Sequence[str]) -> Figure:
+    """One row per sampler, one panel per metric; the bands are real (dark) and teacher (light).
+
+    Args:
+        rows: of `turbo_lab.studies.adversarial.table`.
+        metrics: the panels.
+    """
+    families = [f for f in TITLES if f != TEACHER]
+    with style():
+        height = 0.3 * len(families) + 0.9
+        figure = Figure(figsize=(1.9 * len(metrics) + 1.6, height), layout="constrained")
+        axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+        for axis, metric in zip(axes, metrics, strict=True):
+            of = rows[rows["metric"] == metric].set_index("family")
+            _band(axis, of, TEACHER, 0.2)
+            _band(axis, of, FLOOR, 0.45)
+            for y, family in enumerate(families):
+                colour = ACCENT if family == GAN else SECOND
+                _dot(axis, of.loc[family], y, colour)
+            axis.set_title(METRICS[metric], fontsize=8)
+            axis.grid(axis="y", color=SOFT, alpha=0.2)
+        axes[0].set_yticks(range(len(families)), [TITLES[f] for f in families], fontsize=8)
+        axes[0].invert_yaxis()
+    return figure
+
+
+def _band(axis: Axes, of: pd.DataFrame, family: str, alpha: float) -> None:
+    if family in of.index:
+        low, high = of.loc[family, "low"], of.loc[family, "high"]
+        axis.axvspan(low, high, fc=to_rgba(SOFT, alpha), ec=SOFT, lw=0.6)
+
+
+def _dot(axis: Axes, row: pd.Series, y: float, colour: str) -> None:
+    error = np.abs([[row["value"] - row["low"]], [row["high"] - row["value"]]])
+    axis.errorbar([row["value"]], [y], xerr=error, color=colour, fmt="o", ms=4, lw=1, capsize=2)
+
+
+def spectra(rows: pd.DataFrame) -> Figure:
+    """Power of the ground over that of real ground, by frequency; one panel per ground.
+
+    Args:
+        rows: of `turbo_lab.studies.adversarial.spectra`.
+    """
+    with style():
+        figure = Figure(figsize=(7.6, 2.9), layout="constrained")
+        for axis, ground in zip(figure.subplots(1, len(TEXTURES)), TEXTURES, strict=True):
+            axis.axhline(1.0, color=SOFT, lw=1)
+            for k, (family, title) in enumerate(TITLES.items()):
+                of = rows[(rows["ground"] == ground) & (rows["family"] == family)]
+                colour = INK if family == TEACHER else COLOURS[k - 1]
+                axis.plot(
+                    of["frequency"], of["value"], "o-", ms=3, lw=1.2, color=colour, label=title
+                )
+            axis.set(title=ground, xlabel="cycles per pixel", yscale="log")
+            axis.set_xticks([k / 8 for k in range(1, 5)])
+        figure.axes[0].set_ylabel("power / real")
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center", fontsize=8)
+    return figure
+
+
+def scrambles(comparison: Comparison, *, count: int = 6) -> Figure:
+    """Real postcards above, below the same with scrambled phases: their spectra are equal."""
+    images = render(comparison.scenes)[:count]
+    rows = {"real": images, "phases scrambled": measure.scrambled(images)}
+    with style():
+        figure = Figure(figsize=(1.1 * count + 1.2, 2.4), layout="constrained")
+        for axis, (title, pictures) in zip(figure.subplots(2, 1), rows.items(), strict=True):
+            axis.imshow(figures.contact_sheet(pictures, columns=count), interpolation="nearest")
+            axis.set_ylabel(title, rotation=0, ha="right", va="center", labelpad=6)
+            bare(axis)
+    return figure
+
+
+def ablations(rows: pd.DataFrame, metrics: Sequence[str]) -> Figure:
+    """One block per thing changed, one panel per metric; the line is more DMD2 without a GAN.
+
+    Args:
+        rows: of `turbo_lab.studies.adversarial.ablations`.
+        metrics: the panels; ``texture`` is relative to that control.
+    """
+    lines = [(title, f, label) for title, own in groups().items() for f, label in own.items()]
+    lines = [line for line in lines if line[1] in set(rows["family"])]
+    with style():
+        height = 0.24 * len(lines) + 1.0
+        figure = Figure(figsize=(1.7 * len(metrics) + 2.6, height), layout="constrained")
+        axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+        for axis, metric in zip(axes, metrics, strict=True):
+            of = rows[rows["metric"] == metric].set_index("family")
+            axis.axvline(of.loc[CONTROL, "value"] if CONTROL in of.index else 0.0, color=SOFT, lw=1)
+            for y, (_, family, _) in enumerate(lines):
+                _dot(axis, of.loc[family], y, ACCENT if family == GAN else SECOND)
+            axis.set_title({**METRICS, "texture": "texture, minus no GAN"}[metric], fontsize=8)
+            axis.grid(axis="y", color=SOFT, alpha=0.2)
+        starts = [k for k in range(1, len(lines)) if lines[k][0] != lines[k - 1][0]]
+        for axis in axes:
+            for k in starts:
+                axis.axhline(k - 0.5, color=SOFT, lw=0.6)
+        labels = [f"{title}: {label}" for title, _, label in lines]
+        axes[0].set_yticks(range(len(lines)), labels, fontsize=7)
+        axes[0].invert_yaxis()
+    return figure
+
+
+def training(curves: pd.DataFrame) -> Figure:
+    """What the GAN term's own curves look like: one panel per term, one line per student.
+
+    Args:
+        curves: of `turbo_lab.studies.adversarial.curves`.
+    """
+    with style():
+        figure = Figure(figsize=(8.6, 4.4), layout="constrained")
+        for axis, (term, title) in zip(figure.subplots(2, 3).ravel(), TERMS.items(), strict=True):
+            of = curves[curves["term"] == term]
+            for k, (student, part) in enumerate(of.groupby("student", sort=False)):
+                colour = COLOURS[k % len(COLOURS)]
+                axis.plot(part["step"], part["value"], color=colour, lw=1, label=str(student))
+            axis.set_title(title, fontsize=8)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def hurts(comparison: Comparison, *, count: int = 12, seed: int = 0) -> Figure:
+    """Pictures that were right without the GAN and are not with it, and the other way round.
+
+    The first of each kind, the same captions and noises; the oracle says what is wrong.
+
+    Args:
+        comparison: of all students.
+        count: pictures of each kind, at most.
+        seed: which training is shown.
+    """
+    blocks = {}
+    for title, rows in _changed(comparison, seed).items():
+        for family in (CONTROL, GAN):
+            images = images_of(comparison, family)[seed][rows[:count]]
+            if len(images):
+                blocks[f"{title}, {'with' if family == GAN else 'without'}"] = images
+    with style():
+        figure = Figure(figsize=(0.8 * count + 1.9, 0.95 * len(blocks)), layout="constrained")
+        axes = figure.subplots(max(1, len(blocks)), 1, squeeze=False)[:, 0]
+        for axis, (title, images) in zip(axes, blocks.items(), strict=False):
+            charts.judged_sheet(axis, charts.judged(images), columns=count)
+            axis.set_ylabel(title, rotation=0, ha="right", va="center", labelpad=6)
+        for axis in axes[len(blocks) :]:
+            axis.set_visible(False)
+    return figure
+
+
+def _changed(comparison: Comparison, seed: int) -> dict[str, Tensor]:
+    """Rows of the pictures that the GAN broke, and of those that it mended."""
+    with_, without = (
+        torch.from_numpy(
+            comparison.measured[f].values["whole_body"][seed]
+            * comparison.measured[f].values["sign_read"][seed]
+        ).bool()
+        for f in (GAN, CONTROL)
+    )
+    return {
+        "broken": (without & ~with_).nonzero()[:, 0],
+        "mended": (with_ & ~without).nonzero()[:, 0],
+    }
