@@ -45,6 +45,8 @@ def test_help_names_every_command() -> None:
         "bars",
         "bench",
         "artifacts",
+        "export",
+        "import",
     ):
         assert command in result.output
 

@@ -77,37 +77,6 @@ def test_real_pictures_measure_as_real(bench: Lab) -> None:
     assert worse.loc["sign_read", "high"] < 0.5
 
 
-@pytest.mark.parametrize(
-    ("wrong", "name"),
-    [
-        ({"testbed": "faces"}, "testbed"),
-        ({"captions": []}, "caption"),
-        ({"captions": ["a dog"]}, "arms raised|lowered"),
-        ({"steps": 0}, "steps=0"),
-        ({"guidance": -1.0}, "guidance_scale=-1"),
-        ({"out": Path("picture.jpg")}, "out"),
-        ({"student": "dmd9"}, "student='dmd9'"),
-        ({"student": "direct", "steps": 3}, "steps=3"),
-    ],
-)
-def test_sample_refuses_before_anything_is_loaded(
-    wrong: dict[str, object], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lab, "open_lab", lambda **_: pytest.fail("loaded"))
-    good = {
-        "testbed": "postcards",
-        "captions": ["a figure with arms raised, legs apart, on moss, the sign reads 42"],
-        "steps": 2,
-        "guidance": 4.0,
-        "seed": 0,
-        "out": tmp_path / "x.png",
-    }
-    with pytest.raises(BadInput) as said:
-        lab.sample_images(**{**good, **wrong})  # type: ignore[arg-type]
-    assert name in str(said.value) and "\n" not in str(said.value)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert lab.chosen_device("auto") == lab.chosen_device("cpu") == "cpu"

@@ -38,6 +38,10 @@ app = typer.Typer(
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure what things cost, in pairs.")
 app.add_typer(bench_app, name="bench")
+export_app = typer.Typer(no_args_is_help=True, help="Write a student as a file for others.")
+app.add_typer(export_app, name="export")
+import_app = typer.Typer(no_args_is_help=True, help="Read a student from a file of others.")
+app.add_typer(import_app, name="import")
 
 ProfileOption = Annotated[str, typer.Option(help="smoke (seconds), quick (minutes) or paper.")]
 OnlyOption = Annotated[
@@ -135,44 +139,118 @@ def train(
 
 @app.command()
 def sample(
+    captions: Annotated[
+        list[str] | None, typer.Argument(help="What the pictures show, one or more.")
+    ] = None,
     testbed: Annotated[str, typer.Option(help="Testbed, for example postcards.")] = "postcards",
     caption: Annotated[
-        list[str] | None, typer.Option(help="What the picture shows; repeatable.")
+        list[str] | None, typer.Option(help="The same as an option; repeatable.")
     ] = None,
     student: Annotated[
-        str, typer.Option(help="A distilled student, for example consistency; else the teacher.")
+        str,
+        typer.Option(help="A distilled student: a family such as dmd2, or a key; else teacher."),
     ] = "",
-    steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 40,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is without.")] = 4.0,
+    steps: Annotated[
+        int | None, typer.Option(help="Of the sampler: 40 for the teacher, 2 for a student.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale of the teacher, 4; 1 is without.")
+    ] = None,
     seed: SeedOption = 0,
+    grid: Annotated[str, typer.Option(help="Rows and columns, for example 4x4.")] = "",
+    first: Annotated[int, typer.Option(help="Number of the first picture: of its noise.")] = 0,
     out: Annotated[Path, typer.Option(help="The PNG file to write.")] = Path("sample.png"),
     device: DeviceOption = "auto",
 ) -> None:
     """Draw pictures for captions with the teacher or a student."""
     _check_profile_and_seed("quick", seed)
-    from turbo_lab import lab
+    if testbed != "postcards":
+        raise BadInput("testbed", testbed, "choose postcards")
+    from turbo_lab import pictures
 
-    lab.sample_images(
-        testbed=testbed,
-        captions=caption or [],
+    order = pictures.checked_order(
+        captions=[*(captions or []), *(caption or [])],
+        grid=grid,
         steps=steps,
         guidance=guidance,
         seed=seed,
-        out=out,
+        first=first,
         student=student,
-        device=device,
     )
+    pictures.sample_images(order, out, device=device)
     typer.echo(str(out))
 
 
+@export_app.command("lora")
+def export_lora(
+    student: Annotated[
+        str, typer.Argument(help="A family such as dmd2, or the key of an artefact.")
+    ],
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    steps: Annotated[
+        int | None, typer.Option(help="Of its sampler; 2 if it could have several.")
+    ] = None,
+    profile: ProfileOption = "quick",
+    seed: SeedOption = 0,
+    format: Annotated[str, typer.Option(help="Key names: diffusers or comfyui.")] = "diffusers",
+    dtype: Annotated[
+        str, typer.Option(help="stored (every bit), float32, float16 or bfloat16.")
+    ] = "stored",
+) -> None:
+    """Write a LoRA for diffusers or ComfyUI, and the scheduler_config.json that samples it."""
+    _check_profile_and_seed(profile, seed)
+    from turbo_lab import delivery, lora_export
+
+    chosen = delivery.delivery(student, steps=steps, profile=cast("Profile", profile), seed=seed)
+    done = lora_export.export_lora(chosen, out, format=format, dtype=dtype)
+    typer.echo(f"{done.lora}\n{done.scheduler}\n{done.call}")
+
+
+@import_app.command("lora")
+def import_lora(
+    file: Annotated[Path, typer.Argument(help="A safetensors file, whoever wrote it.")],
+    testbed: Annotated[
+        str, typer.Option(help="Whose transformer it fits: qwen_image or postcards.")
+    ] = "qwen_image",
+    model: Annotated[
+        str, typer.Option(help="qwen_image: folder of a pipeline, or its id; else the published.")
+    ] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="Write it here, named as ours, and keep no artefact.")
+    ] = None,
+) -> None:
+    """Check a LoRA of others, say what it is, and keep it as an artefact."""
+    from turbo_lab import lora_export, lora_import
+
+    if out is not None:
+        lora_export.check_out(out, ".safetensors")
+    found = lora_import.incoming(file, testbed=testbed, model=model)
+    typer.echo(lora_import.described(found))
+    if out is not None:
+        lora_import.write_ours(found, out)
+        typer.echo(str(out))
+    else:
+        _say(lora_import.kept(found))
+
+
 @app.command()
-def doctor() -> None:
+def doctor(
+    testbed: Annotated[str, typer.Option(help="qwen_image: plan its memory and time.")] = "",
+    size: Annotated[str, typer.Option(help="qwen_image: WIDTHxHEIGHT.")] = "2048x2048",
+    batch: Annotated[int, typer.Option(help="qwen_image: pictures.")] = 4,
+    steps: Annotated[int, typer.Option(help="qwen_image: network steps.")] = 2,
+) -> None:
     """Examine this machine: versions, threads, GPU, memory, folders, hub, what will be slow."""
     from rich.console import Console
     from rich.table import Table
 
-    from turbo_lab.doctor import findings
+    from turbo_lab.doctor import findings, qwen_plan
 
+    if testbed:
+        if testbed != "qwen_image":
+            raise BadInput("testbed", testbed, "only qwen_image has a plan")
+        typer.echo("\n".join(qwen_plan(size, batch=batch, steps=steps)))
+        return
     found = findings()
     table = Table("", "found", "note", box=None, pad_edge=False)
     for one in found:

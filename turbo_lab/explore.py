@@ -286,7 +286,7 @@ def gan_png(lab: Lab, caption: str, *, families: Sequence[str], noises: int, see
     import numpy as np
     from PIL import Image
 
-    from turbo_lab.studies.adversarial_figures import ground_piece
+    from turbo_lab.charts import ground_piece
 
     tokens, sheets = caption_tokens([caption]).expand(noises, -1), []
     for name in families:

@@ -58,7 +58,7 @@ def magnified(comparison: Comparison, *, each: int = 2, seed: int = 0) -> Figure
         grid = figure.subplots(2 * len(rows), len(shown), squeeze=False)
         for r, k in enumerate(rows):
             images = torch.stack([pictures[k] for pictures in shown.values()])
-            top, left = _freest(images)
+            top, left = charts.freest(images, CROP)
             crops = images[:, :, top : top + CROP, left : left + CROP]
             for axis, image in zip(grid[2 * r], images, strict=True):
                 axis.imshow(_picture(image), interpolation="nearest")
@@ -87,20 +87,6 @@ def _picture(image: Tensor) -> np.ndarray:
 
 def _frame(left: int, top: int) -> Rectangle:
     return Rectangle((left - 0.5, top - 0.5), CROP, CROP, fill=False, ec=INK, lw=0.8)
-
-
-def ground_piece(images: Tensor, size: int = 8) -> Tensor:
-    """The square of pictures ``[B, 3, 32, 32]`` that is free ground in most: ``[B, 3, s, s]``."""
-    top, left = _freest(images, size)
-    return images[:, :, top : top + size, left : left + size]
-
-
-def _freest(images: Tensor, size: int = CROP) -> tuple[int, int]:
-    """Corner of the square that is free ground in most of the pictures."""
-    free = measure.read(images).free.float().mean(0)
-    sums = free.unfold(0, size, 1).unfold(1, size, 1).sum((2, 3))
-    at = int(sums.argmax())
-    return at // sums.shape[1], at % sums.shape[1]
 
 
 def dots(rows: pd.DataFrame, metrics: Sequence[str]) -> Figure:
