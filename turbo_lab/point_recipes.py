@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from pydantic import Field as Limits
 
 from turbo_lab.errors import BadInput
@@ -46,11 +46,41 @@ RIVAL_ETA = 0.0
 RIVAL_BATCH: Mapping[Profile, int] = {"smoke": 32, "quick": 256, "paper": 512}
 
 
+class PointGan(BaseModel):
+    """A GAN term beside the last stage, as `turbo_lab.recipes.Gan` on points.
+
+    The critic is a `turbo_lab.testbeds.points.PointCritic`. Its real side is data with probability
+    ``rho``, else exact samples of the teacher. Either ``weight`` or ``balance`` is given; its
+    optimiser is ``rates["critic"]`` of the stage.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rho: float = Limits(ge=0, le=1)
+    width: int = Limits(64, ge=1)
+    depth: int = Limits(2, ge=0)
+    weight: float | None = Limits(None, ge=0, allow_inf_nan=False)
+    balance: float | None = Limits(None, gt=0, allow_inf_nan=False)
+    loss: Literal["logistic", "hinge"] = "logistic"
+    r1: float = Limits(0.0, ge=0, allow_inf_nan=False)
+    r1_step: float = Limits(0.01, gt=0, le=1)
+    noise_range: tuple[float, float] = (0.0, 0.0)
+
+    @model_validator(mode="after")
+    def _one(self) -> PointGan:
+        if (self.weight is None) == (self.balance is None):
+            raise BadInput("weight", self.weight, "give either a weight or a balance")
+        if not 0 <= self.noise_range[0] <= self.noise_range[1] <= 1:
+            raise BadInput("noise_range", self.noise_range, "use two times, 0 to 1, not falling")
+        return self
+
+
 class PointRecipe(BaseModel):
     """A network on points and the stages that train it; `turbo_lab.recipes.Recipe` for points.
 
     ``base`` is the recipe of the network it starts from; without one it starts from its seed. In
-    a stage, teacher "guided" is the exact field, "before" the student of the stage before.
+    a stage, teacher "guided" is the exact field, "before" the student of the stage before. ``gan``
+    belongs to the last stage alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,6 +92,7 @@ class PointRecipe(BaseModel):
     seed: int = Limits(0, ge=0)
     stages: tuple[Stage, ...] = Limits(min_length=1)
     base: PointRecipe | None = None
+    gan: PointGan | None = None
 
     @field_validator("world")
     @classmethod
@@ -87,7 +118,7 @@ class PointRecipe(BaseModel):
     def before(self) -> PointRecipe | None:
         """The recipe without its last stage: what that stage starts from, if anything."""
         kept = self.stages[:-1]
-        return self.model_copy(update={"stages": kept}) if kept else None
+        return self.model_copy(update={"stages": kept, "gan": None}) if kept else None
 
     def spec(self) -> dict[str, object]:
         """What the key of the artefact is made of."""
@@ -225,6 +256,7 @@ def rival_recipe(
     seed: int = 0,
     world: str = "ring8",
     options: Mapping[str, float | int | str | tuple[float, ...]] = MappingProxyType({}),
+    width: int = RIVAL_WIDTH,
 ) -> PointRecipe:
     """Return the recipe of a DMD2 student: it and its fake start as one base, the teacher is exact.
 
@@ -237,6 +269,7 @@ def rival_recipe(
         seed: of the training.
         world: the mixture.
         options: of `turbo_lab.methods.DMD2`, over those written here.
+        width: of its network.
     """
     times = tuple(time_grid(steps)[:-1].tolist())
     chosen = {"times": times, "eta": RIVAL_ETA, "rival_updates": 5, **options}
@@ -252,9 +285,9 @@ def rival_recipe(
         ema=0.99,
         teacher="guided",
     )
-    base = base_recipe(profile, world=world, width=RIVAL_WIDTH)
+    base = base_recipe(profile, world=world, width=width)
     return PointRecipe(
-        name=f"dmd2-{steps}", world=world, width=RIVAL_WIDTH, seed=seed, stages=(stage,), base=base
+        name=f"dmd2-{steps}", world=world, width=width, seed=seed, stages=(stage,), base=base
     )
 
 
@@ -329,3 +362,38 @@ def rival_calls(steps: int, rival_updates: int, rollout: str) -> float:
     """
     before = 0 if rollout == "forward" else (steps - 1) / 2
     return before + 1 + 3 + (before + 3 + 2) / rival_updates
+
+
+GAN_WIDTH = 48
+"""Width of the students of the GAN study, 17 kB each."""
+GAN_RIVAL_UPDATES = 2
+"""Of the fake and of the critic for each of the student's, which has further to go here."""
+
+
+def gan_recipe(
+    gan: PointGan,
+    *,
+    steps: int = 4,
+    profile: Profile = "quick",
+    seed: int = 0,
+    world: str = "ring8-tilted",
+) -> PointRecipe:
+    """Return the recipe of a DMD2 student with a GAN term, in as many rounds as one without.
+
+    What the critic costs comes on top: a sample of the student in every round, and its own calls.
+
+    Args:
+        gan: the term; of weight 0 it is watched, and not followed.
+        steps: of the student.
+        profile: smoke, quick or paper.
+        seed: of the training.
+        world: the teacher's mixture; data are of `turbo_lab.testbeds.points.truth_of` it.
+    """
+    plain = rival_recipe(
+        steps=steps, profile=profile, seed=seed, world=world,
+        options={"rival_updates": GAN_RIVAL_UPDATES}, width=GAN_WIDTH,
+    )  # fmt: skip
+    (stage,) = plain.stages
+    critic = stage.rates["fake"].model_copy(update={"lr": 4e-3, "betas": (0.0, 0.99)})
+    stages = (stage.model_copy(update={"rates": {**stage.rates, "critic": critic}}),)
+    return plain.model_copy(update={"name": f"gan-{steps}", "stages": stages, "gan": gan})

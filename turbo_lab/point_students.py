@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +20,9 @@ from torch import Tensor
 from turbo_lab.atomic import atomic_write_text, save_tensors
 from turbo_lab.errors import BadInput, MissingPiece
 from turbo_lab.field import NULL_LABEL, Field, frozen
-from turbo_lab.fit import Batch, Player, Record, Shadow, fit
+from turbo_lab.fit import Batch, Objective, Player, Record, Shadow, fit
+from turbo_lab.methods import METHODS
+from turbo_lab.methods.gan import CRITIC, Generates, WithGan, mixed
 from turbo_lab.methods.kinds import heun
 from turbo_lab.methods.transition import spawn_point_head
 from turbo_lab.path import grid_from_times, time_grid
@@ -29,8 +31,10 @@ from turbo_lab.point_recipes import (
     PATH_STEPS,
     RIVAL_WIDTH,
     TRAJECTORY,
+    PointGan,
     PointRecipe,
     base_recipe,
+    gan_recipe,
     rival_recipe,
     student_recipe,
     warm_recipe,
@@ -39,7 +43,13 @@ from turbo_lab.recipes import Pairs, Profile, Stage
 from turbo_lab.sample import draw_samples
 from turbo_lab.store import Artefact, Store
 from turbo_lab.streams import Draw, seed_for
-from turbo_lab.testbeds.points import PointField, points
+from turbo_lab.testbeds.points import (
+    PointCritic,
+    PointField,
+    points,
+    spawn_point_critic,
+    truth_of,
+)
 from turbo_lab.training import Workbench
 
 __all__ = [
@@ -48,12 +58,15 @@ __all__ = [
     "PATH_STEPS",
     "RIVAL_WIDTH",
     "TRAJECTORY",
+    "PointGan",
     "PointRecipe",
     "base_field",
     "base_recipe",
     "distilled",
     "exact_pairs",
+    "gan_recipe",
     "load",
+    "objective",
     "path_end",
     "rival_recipe",
     "sampled",
@@ -114,8 +127,20 @@ def trained(recipe: PointRecipe, *, store: Store | None = None, fresh: bool = Fa
 
 
 def _check_stages(recipe: PointRecipe) -> None:
-    """Refuse, before any work, a critic, and a fake that is to start where there is nothing."""
+    """Refuse, before any work, what there is not on points, and a fake that starts from nothing."""
+    last = recipe.stages[-1]
+    if recipe.gan is not None:
+        if not issubclass(METHODS[last.method], Generates) or last.options.get("edges"):
+            allowed = f"method {last.method!r} makes no clean samples in this stage"
+            raise BadInput("gan", f"rho {recipe.gan.rho:g}", allowed)
+        if CRITIC not in last.rates:
+            raise BadInput("rates", sorted(last.rates), f"gan needs one for player {CRITIC!r} too")
     for k, stage in enumerate(recipe.stages):
+        if stage.gan is not None:
+            allowed = "it looks at pictures; points have the gan of their recipe"
+            raise BadInput("gan", stage.gan.features, allowed)
+        if stage.rivals_from == "fake":
+            raise BadInput("rivals_from", "fake", "points keep no fakes: use before, or leave it")
         if weight := stage.options.get("adversarial_weight"):
             raise BadInput("adversarial_weight", weight, "points have no critic: leave it out")
         if stage.rivals_from == "before" and (k == 0 or "fake" not in stage.rates):
@@ -146,11 +171,35 @@ def workbench(recipe: PointRecipe, store: Store) -> Workbench:
         pieces["teacher"] = frozen(copy.deepcopy(student))
     rivals = {name: _rival(name, recipe, store, student) for name in RIVALS & stage.rates.keys()}
     pieces.update(rivals)
+    if recipe.gan is not None:  # no piece: a method may have a critic of its own
+        size = {"width": recipe.gan.width, "depth": recipe.gan.depth}
+        rivals[CRITIC] = spawn_point_critic(seed=recipe.seed, **size)
     batches = partial(_real, recipe.world)
     if stage.pairs is not None:
         batches = partial(_paired, *exact_pairs(recipe.world, stage.pairs, store=store))
     return Workbench(
         student=student, average=average, pieces=pieces, batches=batches, rivals=rivals
+    )
+
+
+def objective(recipe: PointRecipe, bench: Workbench) -> Objective:
+    """Build the method of a recipe's last stage, in its GAN term if it has one."""
+    method, gan = bench.objective(recipe.stages[-1]), recipe.gan
+    if gan is None:
+        return method
+    critic = bench.rivals[CRITIC]
+    assert isinstance(critic, PointCritic)
+    data, teacher = (partial(_real, w) for w in (truth_of(recipe.world), recipe.world))
+    return WithGan(
+        method=method,  # type: ignore[arg-type]  # WithGan looks
+        critic=critic,
+        real=mixed(data, teacher, gan.rho),
+        weight=gan.weight or 0.0,
+        balance=gan.balance,
+        loss=gan.loss,
+        r1=gan.r1,
+        r1_step=gan.r1_step,
+        noise_range=gan.noise_range,
     )
 
 
@@ -166,7 +215,7 @@ def _rival(name: str, recipe: PointRecipe, store: Store, student: PointField) ->
 def _make(recipe: PointRecipe, store: Store, folder: Path) -> None:
     stage, bench = recipe.stages[-1], workbench(recipe, store)
     records = fit(
-        bench.objective(stage),
+        objective(recipe, bench),
         bench.batches,
         steps=stage.steps,
         batch_size=stage.batch_size,
@@ -175,28 +224,38 @@ def _make(recipe: PointRecipe, store: Store, folder: Path) -> None:
         shadows=(Shadow(of="student", average=bench.average, decay=stage.ema),),
     )
     if "fake" in bench.rivals:
-        _watched(records, stage, bench.average, folder)
+        marks = MARKS if recipe.gan is None else ()  # nobody looks at those of GAN students
+        _watched(records, stage, bench.average, folder, marks=marks)
     for _ in records:
         pass
     weights = {k: v.half() for k, v in bench.average.state_dict().items()}
     save_tensors(folder, "weights.safetensors", weights)
 
 
-def _watched(records: Iterable[Record], stage: Stage, average: Field, folder: Path) -> None:
+def _watched(
+    records: Iterable[Record],
+    stage: Stage,
+    average: Field,
+    folder: Path,
+    *,
+    marks: Sequence[float],
+) -> None:
     """Train to the end, keeping clouds of the averaged student on the way, and what was measured.
 
-    ``clouds.safetensors`` holds one cloud ``[CLOUD, 2]`` per mark, named by its round;
-    ``history.json`` the terms, averaged over `BINS` parts, and the round at the end of each.
+    ``clouds.safetensors`` holds one cloud ``[CLOUD, 2]`` per mark, named by its round, and is left
+    out if there are no marks; ``history.json`` the terms, averaged over `BINS` parts, and the round
+    at the end of each.
     """
-    marks = {max(1, round(share * stage.steps)) for share in MARKS}
+    rounds = {max(1, round(share * stage.steps)) for share in marks}
     clouds: dict[str, Tensor] = {}
     parts: dict[int, list[Record]] = {}
     for record in records:
         parts.setdefault((record.step - 1) * BINS // stage.steps, []).append(record)
-        if record.step in marks:
+        if record.step in rounds:
             clouds[str(record.step)] = stage_samples(stage, average, n=CLOUD, seed=0).half()
     lines = [{"round": part[-1].step, **_mean_terms(part)} for part in parts.values()]
-    save_tensors(folder, "clouds.safetensors", clouds)
+    if clouds:
+        save_tensors(folder, "clouds.safetensors", clouds)
     atomic_write_text(folder / "history.json", json.dumps(lines))
 
 

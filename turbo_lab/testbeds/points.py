@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from turbo_lab.critic import FREQUENCIES, waves
 from turbo_lab.errors import BadInput
 from turbo_lab.field import NULL_LABEL, Condition, Mixture, mixture
 from turbo_lab.fit import Batch
@@ -62,9 +63,45 @@ def rare() -> Mixture:
     return mixture(_ring(5), 0.1, torch.tensor([0.5, 0.3, 0.15, 0.04, 0.01]))
 
 
+TILT = 1.0
+"""How far the weights of `ring8_tilted` are from equal, in nats around their mean."""
+BLUR = 3.0
+"""How much wider the modes of `ring8_blurred` are than those of the data."""
+
+
+@cache
+def ring8_tilted() -> Mixture:
+    r"""`ring8` with wrong weights: that at angle φ has one proportional to exp(TILT cos φ)."""
+    ring = ring8()
+    return mixture(
+        ring.means, ring.stds, (TILT * ring.means[:, 0] / math.sqrt(2)).exp(), ring.labels
+    )
+
+
+@cache
+def ring8_blurred() -> Mixture:
+    """`ring8` with modes `BLUR` times as wide."""
+    ring = ring8()
+    return mixture(ring.means, BLUR * ring.stds, ring.weights, ring.labels)
+
+
 MIXTURES: Mapping[str, Callable[[], Mixture]] = MappingProxyType(
-    {"ring8": ring8, "grid25": grid25, "moons": moons, "rare": rare}
+    {
+        "ring8": ring8,
+        "grid25": grid25,
+        "moons": moons,
+        "rare": rare,
+        "ring8-tilted": ring8_tilted,
+        "ring8-blurred": ring8_blurred,
+    }
 )
+TRUTHS: Mapping[str, str] = MappingProxyType({"ring8-tilted": "ring8", "ring8-blurred": "ring8"})
+"""Mixtures that are what a wrong teacher takes the data for, and what the data are."""
+
+
+def truth_of(name: str) -> str:
+    """Return the mixture that real data come from where the teacher is this one: mostly itself."""
+    return TRUTHS.get(name, name)
 
 
 # --- the trainable field ------------------------------------------------------------------------
@@ -101,6 +138,40 @@ class PointField(nn.Module):
         k = torch.arange(1, self.FREQUENCIES + 1, dtype=t.dtype, device=t.device)
         phase = math.pi * k * t[:, None]
         return torch.cat([phase.cos(), phase.sin()], 1)
+
+
+class PointCritic(nn.Module):
+    """Logits of points by a small network on (x_t, t); the class is not looked at.
+
+    Nothing is normalised, and the last layer starts at zero, so at first every ratio is 1, as in
+    `turbo_lab.critic.LatentCritic`.
+
+    Args:
+        width: hidden width.
+        depth: layers between the first and the last.
+    """
+
+    def __init__(self, width: int = 64, depth: int = 2) -> None:
+        super().__init__()
+        self.embed = nn.Linear(2 + 2 * FREQUENCIES, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.out = nn.Linear(width, 1)
+        for p in self.out.parameters():
+            nn.init.zeros_(p)
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Condition = None) -> Tensor:
+        """Return logits ``[B]`` for ``x_t [B, 2]`` and ``t [B]``."""
+        h = self.embed(torch.cat([x_t, waves(t.expand(len(x_t))).to(x_t)], 1))
+        for layer in self.layers:
+            h = h + layer(nn.functional.silu(h))
+        return self.out(nn.functional.silu(h))[:, 0]
+
+
+def spawn_point_critic(*, seed: int, width: int = 64, depth: int = 2) -> PointCritic:
+    """Build a `PointCritic` from a seed without touching the global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(seed, "point critic"))
+        return PointCritic(width, depth)
 
 
 # --- the testbed --------------------------------------------------------------------------------
