@@ -16,6 +16,7 @@ from turbo_lab.methods.flow import FlowMatching
 from turbo_lab.path import time_grid
 from turbo_lab.postcards import caption_tokens
 from turbo_lab.recipes import RECIPES, Rates, Recipe, trajectory
+from turbo_lab.recipes.adversarial import AGAINST, CONTROL
 from turbo_lab.recipes.distribution import VARIANTS
 from turbo_lab.recipes.warm import STARTS
 from turbo_lab.sample import final, sample
@@ -128,14 +129,18 @@ def test_a_second_stage_starts_from_the_first_and_is_an_artefact_of_its_own(
     assert [(line["stage"], line["step"]) for line in lines] == [(1, 12), (2, 4)]
 
 
-AGAIN = {"warm", "warm-second-0.5", "dmd2-2-second-0.5"}
-ONCE = {"teacher", *(f"dmd2-2-{name}" for name in VARIANTS), *STARTS} - AGAIN
+AGAIN = {"warm", "warm-second-0.5", "dmd2-2-second-0.5", "gan", CONTROL}
+ONCE = {"teacher", *(f"dmd2-2-{name}" for name in VARIANTS), *STARTS, *AGAINST} - AGAIN
+SLOW = set(AGAINST) - {"gan"}
 SHIPPED = [
-    pytest.param(name, seed, marks=[pytest.mark.slow] if seed else [], id=f"{name}-{seed}")
+    pytest.param(
+        name, seed, marks=[pytest.mark.slow] if seed or name in SLOW else [], id=f"{name}-{seed}"
+    )
     for name in RECIPES
     for seed in ((0,) if name in ONCE else range(3))
 ]
-"""Every recipe with the seeds that are shipped; one of each is replayed by the unit suite."""
+"""Every recipe with the seeds that are shipped; one of each is replayed by the unit suite, but for
+the GAN's ablations."""
 
 
 @pytest.mark.parametrize(("name", "seed"), SHIPPED)
@@ -150,9 +155,28 @@ def test_shipped_artefacts_replay_with_todays_code(
     artefact = store.find(recipe.artefact, recipe.spec())
     assert artefact is not None, f"{name} is not shipped, or its recipe changed since"
     then, now = training.recorded(artefact), training.replay(recipe, artefact, store)
+    # What a half starts from may not be shipped, but one of the two always is.
     # The first steps repeat to rounding; from trained weights, rounding has more to grow on.
-    assert now.first == pytest.approx(then.first[:steps], rel=2e-3)
-    assert now.last == pytest.approx(then.last[:steps], rel=1e-2)
+    assert now.first == pytest.approx(then.first[: len(now.first)], rel=2e-3)
+    assert now.last == pytest.approx(then.last[: len(now.last)], rel=1e-2)
+    assert max(len(now.first), len(now.last)) == steps
+
+
+def test_what_is_kept_without_a_start_replays_its_other_half(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (stage,) = recipe.stages
+    both = recipe.model_copy(update={"stages": (stage, stage.model_copy(update={"steps": 4}))})
+    store = Store(cache=tmp_path / "a")
+    second = training.trained(both, store=store)
+    alone = Store(cache=tmp_path / "b", shipped=(tmp_path / "checkout" / "x" / "artifacts",))
+    (tmp_path / "checkout" / "x").mkdir(parents=True)
+    (tmp_path / "checkout" / "pyproject.toml").touch()
+    alone.ship(second)
+    found = alone.find(both.artefact, both.spec())
+    assert found is not None
+    now, then = training.replay(both, found, alone), training.recorded(second)
+    assert (now.first, now.last) == ((), then.last)
 
 
 @pytest.fixture
@@ -328,7 +352,11 @@ def test_a_ratio_without_what_it_is_learnt_from_is_refused_before_any_work(
     assert not list(store.entries())
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != "teacher"])
+FROM_TEACHER = [n for n in RECIPES if n != "teacher" and recipes.resolve(n).start is None]
+"""Students that go on from another recipe's are trained by test_adversarial_study.py."""
+
+
+@pytest.mark.parametrize("name", FROM_TEACHER)
 def test_every_student_recipe_trains_at_smoke(
     name: str, student: Recipe, tmp_path: Path, teachers: tuple[Path, ...]
 ) -> None:

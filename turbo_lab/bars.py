@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from torch import Tensor
@@ -27,6 +27,9 @@ from turbo_lab.claims import Interval, wilson
 from turbo_lab.errors import BadInput
 from turbo_lab.lab import TEACHER_STEPS, Lab, Samples, Sampling, open_lab
 from turbo_lab.store import Store
+
+if TYPE_CHECKING:
+    from turbo_lab.training import Trace
 
 CAPTIONS = 1000
 """Held-out captions behind the teacher's bars."""
@@ -100,9 +103,14 @@ def teacher_replay() -> Iterator[Bar]:
 
     lab = _lab()
     then, now = recorded(lab.artefact), replay(lab.recipe, lab.artefact, lab.store)
-    pairs = zip((*then.first, *then.last), (*now.first, *now.last), strict=True)
-    worst = max(abs(a - b) / a for a, b in pairs)
-    yield Bar(name="teacher.replay_error", value=worst, side="at most", limit=0.01)
+    yield Bar(name="teacher.replay_error", value=_apart(then, now), side="at most", limit=0.01)
+
+
+def _apart(then: Trace, now: Trace) -> float:
+    """Largest relative difference of two traces, of the halves that could be run again."""
+    halves = (then.first, now.first), (then.last, now.last)
+    pairs = [pair for a, b in halves if b for pair in zip(a, b, strict=True)]
+    return max(abs(a - b) / a for a, b in pairs)
 
 
 def students() -> Iterator[Bar]:
@@ -117,9 +125,7 @@ def students() -> Iterator[Bar]:
             continue
         artefact = lab.trained(recipe)
         sizes.append(artefact.file("weights.safetensors").stat().st_size / 1e6)
-        then, now = recorded(artefact), replay(recipe, artefact, lab.store)
-        pairs = zip((*then.first, *then.last), (*now.first, *now.last), strict=True)
-        errors.append(max(abs(a - b) / a for a, b in pairs))
+        errors.append(_apart(recorded(artefact), replay(recipe, artefact, lab.store)))
     yield Bar(name="students.megabytes", value=max(sizes), side="at most", limit=2, unit="MB")
     yield Bar(name="students.replay_error", value=max(errors), side="at most", limit=0.01)
 
@@ -197,6 +203,50 @@ def warm_quality() -> Iterator[Bar]:
             limit=0.0,
             unit="over direct DMD2, low end",
             interval=gain,
+        )
+
+
+def gan_quality() -> Iterator[Bar]:
+    """The 2-step student with a GAN term, three trainings, against DMD2 with as many steps.
+
+    ``_term`` is against as many more calls of DMD2 from the same start.
+    """
+    from turbo_lab.claims import crossed_bootstrap
+    from turbo_lab.studies import adversarial
+    from turbo_lab.studies.textures import TEXTURES, nearer
+
+    budget = adversarial.Budget(captions=CAPTIONS, seeds=3, sweep=(), real=4096)
+    comparison = adversarial.compare(_lab(), budget, seed=0)
+    found = comparison.measured
+    ours = found[adversarial.GAN]
+    for suffix, name in (("", adversarial.DIRECT), ("_term", adversarial.CONTROL)):
+        other = found[name]
+        for ground in TEXTURES:
+            gap = nearer(comparison.real, ours, other, [ground])
+            yield Bar(
+                name=f"gan.{ground}_patches{suffix}",
+                value=gap.high,
+                side="at most",
+                limit=0.0,
+                unit="minus DMD2, high end",
+                interval=gap,
+            )
+        more = ours.values["sign_read"] - other.values["sign_read"]
+        yield _rate(f"gan.signs_read{suffix}", crossed_bootstrap(more), -0.02)
+
+
+def mini_dino() -> Iterator[Bar]:
+    """Errors of the linear probe on the mini-DINO, of those on the same network untrained."""
+    from turbo_lab.studies import dino_probe
+
+    for name, interval in dino_probe.bars(_lab().store):
+        yield Bar(
+            name=f"dino.{name}_errors",
+            value=interval.value,
+            side="at most",
+            limit=0.5,
+            unit="of a random network's",
+            interval=interval,
         )
 
 
@@ -289,6 +339,8 @@ BARS: Mapping[str, Callable[[], Iterator[Bar]]] = MappingProxyType(
         "students": students,
         "dmd2": dmd2_quality,
         "warm": warm_quality,
+        "gan": gan_quality,
+        "dino": mini_dino,
         "bench": training_step,
         "bench.memory": shared_base,
     }

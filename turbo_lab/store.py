@@ -16,7 +16,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -88,6 +88,10 @@ class Artefact:
         if name not in listed:
             raise BadInput("file", name, f"{self.name} holds {', '.join(sorted(listed))}")
         return self.path / name
+
+    def has(self, name: str) -> bool:
+        """Whether the manifest lists a file."""
+        return name in read_manifest(self.path)
 
     def tensors(self, file: str = "weights.safetensors") -> dict[str, Tensor]:
         """Read the tensors of a file, on the CPU."""
@@ -195,8 +199,12 @@ class Store:
         roots = [("cache", self.cache), *(("shipped", root) for root in self.shipped)]
         return sorted((e for kind, root in roots for e in _entries(kind, root)), key=lambda e: e[1])
 
-    def ship(self, artefact: Artefact) -> Path:
+    def ship(self, artefact: Artefact, *, without: Collection[str] = ()) -> Path:
         """Copy a verified artefact into the shipped folder of a source checkout.
+
+        Args:
+            artefact: from the cache.
+            without: names of files that stay behind.
 
         Raises:
             StoreError: the package is installed, not a checkout, or cannot be written.
@@ -208,9 +216,9 @@ class Store:
             return target
         files = read_folder(artefact.path)
         with atomic_folder(target, replace=True) as folder:
-            for name, path in files.items():
+            for name in files.keys() - set(without):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, folder / name)
+                shutil.copyfile(files[name], folder / name)
         read_folder(target)
         return target
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from turbo_lab.atomic import atomic_write_text, save_tensors
 from turbo_lab.cpu import tune_allocator
+from turbo_lab.errors import MissingPiece
 from turbo_lab.fit import Record, Saving, Shadow, fit
 from turbo_lab.history import TrainingHistory
 from turbo_lab.recipes import Recipe
@@ -93,8 +94,26 @@ def trained(
 
 
 def replay(recipe: Recipe, artefact: Artefact, store: Store) -> Trace:
-    """Run today's code for the steps that the artefact's trace recorded."""
-    return _trace(recipe, store, floats(artefact.tensors()), _rival_weights(recipe, artefact))
+    """Run today's code for the steps that the artefact's trace recorded.
+
+    What is shipped may have been left without the stage before it, or without its rivals: the half
+    of the trace that cannot be run without them is empty then.
+
+    Raises:
+        MissingPiece: neither half can be run.
+    """
+    stage, before = recipe.stages[-1], recipe.before
+    started = before is None or store.find(before.artefact, before.spec()) is not None
+    ended = not rivals_of(stage) or artefact.has(RIVAL_FILE)
+    if not started and (not ended or stage.teacher == "before"):
+        raise MissingPiece(f"{recipe.artefact} was kept without what a replay starts from.")
+    weights = floats(artefact.tensors())
+    return Trace(
+        first=_losses(recipe, workbench(recipe, store)) if started else (),
+        last=_last_losses(recipe, store, weights, _rival_weights(recipe, artefact), started)
+        if ended
+        else (),
+    )
 
 
 def recorded(artefact: Artefact) -> Trace:
@@ -137,7 +156,10 @@ def _make(recipe: Recipe, store: Store, device: str, watch: Watch, folder: Path)
     }
     if rivals:
         save_tensors(folder, RIVAL_FILE, rivals)
-    trace = _trace(recipe, store, floats(weights), floats(rivals))
+    trace = Trace(
+        first=_losses(recipe, workbench(recipe, store)),
+        last=_last_losses(recipe, store, floats(weights), floats(rivals), True),
+    )
     atomic_write_text(folder / "trace.json", json.dumps(dataclasses.asdict(trace)))
     atomic_write_text(folder / "history.jsonl", _earlier_history(recipe, store) + lines.text())
 
@@ -167,17 +189,28 @@ def _stage_seed(recipe: Recipe) -> int:
     return seed_for(recipe.seed, "stage", stage) if stage else recipe.seed
 
 
-def _trace(
-    recipe: Recipe, store: Store, weights: Mapping[str, Tensor], rivals: Mapping[str, Tensor]
-) -> Trace:
-    """Losses of the first steps, and of as many from given weights, on the CPU."""
-    first = _losses(recipe, workbench(recipe, store))
-    bench = workbench(recipe, store)
+def _last_losses(
+    recipe: Recipe,
+    store: Store,
+    weights: Mapping[str, Tensor],
+    rivals: Mapping[str, Tensor],
+    started: bool,
+) -> tuple[float, ...]:
+    """Losses of a few steps from given weights, on the CPU.
+
+    Args:
+        recipe: whose last stage it is.
+        store: where the teacher is.
+        weights: of the student.
+        rivals: of those that learn beside it, ``name/key``.
+        started: whether the stage before is in the store.
+    """
+    bench = workbench(recipe, store, weights=None if started else weights)
     bench.student.load_state_dict(weights)
     for name, rival in bench.rivals.items():
         own = {k.removeprefix(f"{name}/"): v for k, v in rivals.items() if k.startswith(f"{name}/")}
         rival.load_state_dict(own)
-    return Trace(first=first, last=_losses(recipe, bench))
+    return _losses(recipe, bench)
 
 
 def _losses(recipe: Recipe, bench: Workbench) -> tuple[float, ...]:

@@ -184,15 +184,34 @@ def _check_gan(recipe: Recipe, stage: Stage) -> None:
 # --- the players ---------------------------------------------------------------------------------
 
 
-def workbench(recipe: Recipe, store: Store, device: str = "cpu") -> Workbench:
+def workbench(
+    recipe: Recipe,
+    store: Store,
+    device: str = "cpu",
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Workbench:
     """Set up the last stage of a recipe, at its beginning.
+
+    Args:
+        recipe: whose last stage it is.
+        store: where the teacher and the stage before are.
+        device: where all of it runs.
+        weights: of the student, if the stage before is not at hand; what starts from that stage
+            then starts as this student or, a fake score, as the teacher.
 
     Raises:
         BadInput: the stage asks for what it has not been given, see `check_stages`.
         MissingPiece: the stage before it, or the teacher, is not in the store.
     """
     check_stages(recipe)
-    return (_net_bench if recipe.teacher is None else _adapter_bench)(recipe, store, device)
+    before = None
+    if weights is None and recipe.before is not None:
+        before = _found(recipe.before, store)
+        weights = floats(before.tensors())
+    if recipe.teacher is None:
+        return _net_bench(recipe, device, weights)
+    return _adapter_bench(recipe, store, device, weights, before)
 
 
 def load_net(recipe: Recipe, artefact: Artefact) -> PostcardNet:
@@ -207,11 +226,11 @@ def floats(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.float() for k, v in tensors.items()}
 
 
-def _net_bench(recipe: Recipe, store: Store, device: str) -> Workbench:
-    """A whole network learns: from its seed, or from the stage before."""
+def _net_bench(recipe: Recipe, device: str, weights: Mapping[str, Tensor] | None) -> Workbench:
+    """A whole network learns: from its seed, or from weights."""
     net = spawn_net(recipe.net, recipe.seed)
-    if recipe.before is not None:
-        net.load_state_dict(floats(_found(recipe.before, store).tensors()))
+    if weights is not None:
+        net.load_state_dict(weights)
     net = net.to(device).train()
     average = copy.deepcopy(net).requires_grad_(False)
     pieces = {"student": net, "null": null_tokens(1)}
@@ -219,15 +238,21 @@ def _net_bench(recipe: Recipe, store: Store, device: str) -> Workbench:
     return Workbench(student=net, average=average, pieces=pieces, batches=batches)
 
 
-def _adapter_bench(recipe: Recipe, store: Store, device: str) -> Workbench:
+def _adapter_bench(
+    recipe: Recipe,
+    store: Store,
+    device: str,
+    weights: Mapping[str, Tensor] | None,
+    before: Artefact | None,
+) -> Workbench:
     """An adapter on the teacher's network learns; the bare network, or a copy, teaches it."""
     assert recipe.teacher is not None and recipe.adapter is not None
     stage = recipe.stages[-1]
     artefact = _found(recipe.teacher, store)
     host = Host(load_net(recipe.teacher, artefact).to(device), part="transformer")
     student = host.add("student", recipe.adapter, seed=recipe.seed)
-    if recipe.before is not None:
-        student.load_state_dict(floats(_found(recipe.before, store).tensors()))
+    if weights is not None:
+        student.load_state_dict(weights)
     average = host.copy(student, "average")
     plain = frozen(host.bare)
     guide = guided(plain, null_tokens(1), stage.guidance_scale or 1.0)
@@ -237,9 +262,8 @@ def _adapter_bench(recipe: Recipe, store: Store, device: str) -> Workbench:
         for name in rivals_of(stage)
         if name not in apart
     }
-    if stage.rivals_from == FAKE and recipe.before is not None:
-        earlier = rival_weights(_found(recipe.before, store), FAKE)
-        rivals[FAKE].load_state_dict(earlier)
+    if stage.rivals_from == FAKE and before is not None:
+        rivals[FAKE].load_state_dict(rival_weights(before, FAKE))
     pieces: dict[str, object] = {
         "student": student,
         "average": average,

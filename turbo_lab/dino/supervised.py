@@ -16,7 +16,6 @@ from torch.nn.functional import cross_entropy
 from turbo_lab.atomic import atomic_write_text, save_tensors
 from turbo_lab.cpu import tune_allocator
 from turbo_lab.dino.net import VitSize, load_vit, spawn_vit
-from turbo_lab.dino.recipe import BATCH
 from turbo_lab.fit import Batch, Player, Record, Saving, Turn, fit
 from turbo_lab.history import TrainingHistory
 from turbo_lab.postcards import HUE_MODES, Scenes, draw_scenes, render
@@ -37,6 +36,7 @@ TARGETS: Mapping[str, int] = {
 """What a network is asked about a postcard, and how many answers there are."""
 
 STEPS: Mapping[Profile, int] = {"smoke": 8, "quick": 1800, "paper": 18_000}
+BATCH: Mapping[Profile, int] = {"smoke": 8, "quick": 48, "paper": 256}
 
 
 def labels(scenes: Scenes) -> Tensor:

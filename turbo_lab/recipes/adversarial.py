@@ -28,6 +28,9 @@ TAPS_NOISE = (0.0, 0.2)
 """Times to which latents are noised before the taps of a network that has learnt to see noise."""
 
 
+Looks = Literal["dino", "teacher", "fake", "pixels", "random"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Against:
     """The critic of a student.
@@ -41,7 +44,7 @@ class Against:
     """
 
     title: str
-    features: Literal["dino", "teacher", "fake", "pixels", "random"] = "teacher"
+    features: Looks = "teacher"
     rho: float = 0.5
     balance: float = 0.5
     loss: Literal["logistic", "hinge"] = "logistic"
@@ -59,18 +62,20 @@ class Against:
         )
 
 
+_LOOKS: Mapping[Looks, str] = {
+    "dino": "mini-DINO",
+    "fake": "taps of the fake score",
+    "pixels": "pixels",
+    "random": "random ViT",
+}
+
 MAIN = Against(title="+ GAN")
 AGAINST: Mapping[str, Against] = MappingProxyType(
     {
         "gan": MAIN,
         **{
             f"gan-{name}": replace(MAIN, features=name, title=title)
-            for name, title in (
-                ("dino", "mini-DINO"),
-                ("fake", "taps of the fake score"),
-                ("pixels", "pixels"),
-                ("random", "random ViT"),
-            )
+            for name, title in _LOOKS.items()
         },
         **{
             f"gan-rho-{rho:g}": replace(MAIN, rho=rho, title=f"rho {rho:g}")

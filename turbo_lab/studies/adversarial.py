@@ -404,7 +404,7 @@ _CHANGES = (
 def _ablation_claims(comparison: Comparison) -> Iterator[dict[str, Any]]:
     for id_, one, other, statement, against in _CHANGES:
         if {one, other} <= set(comparison.families):
-            first = [comparison.measured[name].training(0) for name in (one, other)]
+            a, b = (comparison.measured[name].training(0) for name in (one, other))
             yield claim_row(id_, statement, "patch distance to real moss and fur, minus that with "
-                            f"{against}", nearer(comparison.real, *first, TEXTURES),
+                            f"{against}", nearer(comparison.real, a, b, TEXTURES),
                             "below", 0)  # fmt: skip
