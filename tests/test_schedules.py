@@ -112,6 +112,7 @@ def test_settings_survive_a_file(row: Published) -> None:
 def test_times_survive_a_file() -> None:
     assert wanted_by({"sigmas": "[1.0, 0.7155, 0.0]"}) == Wanted(steps=2, sigmas=(1.0, 0.7155))
     assert wanted_by({"format": "pt"}).silent
+    assert wanted_by({"steps": "20000"}).silent  # of somebody's training
 
 
 def test_a_fixed_shift_is_read_as_diffusers_reads_it() -> None:
@@ -143,9 +144,9 @@ def test_a_fixed_shift_is_read_as_diffusers_reads_it() -> None:
         {"sigmas": "[true]"},
         {"sigmas": "[NaN]"},
         {"sigmas": "[" * 100_000},
-        {"steps": "0"},
-        {"steps": "2.5"},
-        {"steps": "1000000"},
+        {"scheduler": "{}", "steps": "0"},
+        {"scheduler": "{}", "steps": "2.5"},
+        {"scheduler": "{}", "steps": "1000000"},
     ],
     ids=str,
 )

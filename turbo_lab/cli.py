@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -142,7 +142,7 @@ def sample(
     captions: Annotated[
         list[str] | None, typer.Argument(help="What the pictures show, one or more.")
     ] = None,
-    testbed: Annotated[str, typer.Option(help="Testbed, for example postcards.")] = "postcards",
+    testbed: Annotated[str, typer.Option(help="postcards or qwen_image.")] = "postcards",
     caption: Annotated[
         list[str] | None, typer.Option(help="The same as an option; repeatable.")
     ] = None,
@@ -161,15 +161,69 @@ def sample(
     first: Annotated[int, typer.Option(help="Number of the first picture: of its noise.")] = 0,
     out: Annotated[Path, typer.Option(help="The PNG file to write.")] = Path("sample.png"),
     device: DeviceOption = "auto",
+    model: Annotated[str, typer.Option(help="qwen_image: folder of a pipeline, or its id.")] = "",
+    lora: Annotated[
+        list[Path] | None, typer.Option(help="qwen_image: file of an adapter; repeatable.")
+    ] = None,
+    weight: Annotated[
+        list[float] | None, typer.Option(help="qwen_image: of each adapter; 1 if not given.")
+    ] = None,
+    schedule: Annotated[
+        str, typer.Option(help="qwen_image: a published one, such as wuli-2; else the adapter's.")
+    ] = "",
+    size: Annotated[str, typer.Option(help="qwen_image: WIDTHxHEIGHT, 1024x1024.")] = "",
+    batch: Annotated[int, typer.Option(help="qwen_image: pictures in all.")] = 0,
+    precision: Annotated[str, typer.Option(help="qwen_image: full or fp8.")] = "",
+    attention: Annotated[
+        str, typer.Option(help="qwen_image: cudnn, flash, efficient or math; else PyTorch chooses.")
+    ] = "",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="qwen_image: compile blocks and decoder.")
+    ] = False,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="qwen_image: keep blocks in the computer's memory.")
+    ] = False,
 ) -> None:
     """Draw pictures for captions with the teacher or a student."""
     _check_profile_and_seed("quick", seed)
+    texts = [*(captions or []), *(caption or [])]
+    fast: dict[str, Any] = {
+        **{"precision": precision, "attention": attention},
+        **{"compiled": compiled, "offload": offload},
+    }
+    theirs: dict[str, Any] = {
+        **{"model": model, "lora": lora, "weight": weight, "schedule": schedule},
+        **{"size": size, "batch": batch, **fast},
+    }
+    if testbed == "qwen_image":
+        _only_for("postcards", testbed, {"student": student, "grid": grid, "first": first})
+        from turbo_lab import qwen_draw
+        from turbo_lab.qwen_order import Fast
+
+        done = qwen_draw.draw(
+            texts,
+            out,
+            model=model,
+            loras=lora or [],
+            weights=weight or [],
+            schedule=schedule,
+            steps=steps,
+            size=size,
+            batch=batch,
+            seed=seed,
+            guidance_scale=guidance,
+            fast=Fast(**{option: value for option, value in fast.items() if value}),
+            device=device,
+        )
+        typer.echo("\n".join(done))
+        return
     if testbed != "postcards":
-        raise BadInput("testbed", testbed, "choose postcards")
+        raise BadInput("testbed", testbed, "choose postcards or qwen_image")
+    _only_for("qwen_image", testbed, theirs)
     from turbo_lab import pictures
 
     order = pictures.checked_order(
-        captions=[*(captions or []), *(caption or [])],
+        captions=texts,
         grid=grid,
         steps=steps,
         guidance=guidance,
@@ -283,6 +337,18 @@ def bench_train(
     measured(only=only, batch_size=batch_size, repeats=repeats, path=json, device=device)
 
 
+@bench_app.command(
+    "qwen",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def bench_qwen(ctx: typer.Context) -> None:
+    """Measure Qwen-Image on a GPU, ours against stock diffusers; --help lists its options."""
+    from turbo_lab.bench.qwen import main as measured
+
+    raise typer.Exit(measured(ctx.args))
+
+
 @app.command()
 def artifacts() -> None:
     """List the trained artefacts: those in the cache and those shipped with the package."""
@@ -327,6 +393,14 @@ def _train_qwen(device: str, fresh: bool, options: dict[str, Any]) -> None:
         typer.echo(factory_plan.described(job))
     else:
         _say(factory.train_with_progress(job, fresh=fresh))
+
+
+def _only_for(testbed: str, chosen: str, options: Mapping[str, Any]) -> None:
+    """Refuse options of a testbed that was not chosen."""
+    for option, value in options.items():
+        if value:
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            raise BadInput(option, shown, f"it is for {testbed}, not for {chosen}")
 
 
 def _say(artefact: Artefact) -> None:

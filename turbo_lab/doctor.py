@@ -14,12 +14,16 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from turbo_lab import __version__, places
 from turbo_lab.run_one import cores
 from turbo_lab.store import Store
+
+if TYPE_CHECKING:
+    from turbo_lab.qwen_plan import Device
 
 _PACKAGES = ("torch", "torchvision", "diffusers", "peft", "transformers", "timm", "papermill")
 _GIB = 2**30
@@ -50,6 +54,52 @@ def findings() -> list[Finding]:
         _hub,
     )
     return [finding for check in checks for finding in check()]
+
+
+def qwen_plan(size: str, *, batch: int = 4, steps: int = 2) -> list[str]:
+    """Plan memory and time of Qwen-Image on known devices, from counts alone; lines of text.
+
+    Args:
+        size: of the pictures, as WIDTHxHEIGHT.
+        batch: pictures.
+        steps: network steps without guidance.
+
+    Raises:
+        BadInput: a number is not allowed.
+    """
+    from turbo_lab import qwen_counts, qwen_plan
+
+    width, height = qwen_plan.parsed_size(size)
+    work = qwen_counts.Work(height=height, width=width, batch=batch, steps=steps)
+    counts = qwen_counts.table(qwen_counts.counted(qwen_counts.Model(), work))
+    shown = {
+        f"{batch} pictures of {width} x {height}, {steps} steps, no guidance": counts,
+        "memory, one picture at a time": qwen_plan.need_table(work),
+        "devices, by their vendors' figures; floors are reached by none": (
+            qwen_plan.device_table(work, [*qwen_plan.DEVICES, *_own_gpu()])
+        ),
+    }
+    lines = []
+    for title, table in shown.items():
+        lines += [title, *table.to_string(float_format="{:,.2f}".format, na_rep="").splitlines()]
+        lines.append("")
+    lines += [f"{name}: {what}" for name, what in qwen_plan.WAYS.items()]
+    return lines
+
+
+def _own_gpu() -> list[Device]:
+    """This machine's GPU with its own memory, where its rates are known."""
+    import torch
+
+    from turbo_lab.qwen_plan import known_device
+
+    if not torch.cuda.is_available():
+        return []
+    card = torch.cuda.get_device_properties(0)
+    known = known_device(card.name)
+    if known is None:
+        return []
+    return [replace(known, name=f"this {known.name}", memory=card.total_memory)]
 
 
 def _versions() -> list[Finding]:

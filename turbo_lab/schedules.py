@@ -263,24 +263,23 @@ class Wanted:
 
 
 def wanted_by(metadata: Mapping[str, str]) -> Wanted:
-    """Read the metadata of a safetensors file: ``scheduler``, ``sigmas`` and ``steps``, as JSON.
+    """Read the metadata of a safetensors file: ``sigmas``, or ``scheduler`` and ``steps``, as JSON.
+
+    Without a scheduler ``steps`` is not looked at: strangers may mean those of a training.
 
     Raises:
         BadInput: one of them is not what it should be.
     """
-    config, sigmas, steps = (_parsed(metadata, k) for k in (CONFIG_KEY, SIGMAS_KEY, STEPS_KEY))
-    if config is not None and not isinstance(config, dict):
+    sigmas, config = _parsed(metadata, SIGMAS_KEY), _parsed(metadata, CONFIG_KEY)
+    times = () if sigmas is None else _times(sigmas)
+    if config is None:
+        return Wanted(steps=len(times) or None, sigmas=times)
+    if not isinstance(config, dict):
         raise BadInput(CONFIG_KEY, str(config)[:80], "write the scheduler's settings as an object")
-    times: tuple[float, ...] = ()
-    if sigmas is not None:
-        times = _times(sigmas)
+    steps = _parsed(metadata, STEPS_KEY)
     if steps is not None and (type(steps) is not int or not 1 <= steps <= MAX_STEPS):
         raise BadInput(STEPS_KEY, str(steps)[:80], f"use an integer from 1 to {MAX_STEPS}")
-    return Wanted(
-        steps=len(times) if times else steps,
-        schedule=None if config is None else schedule_from(config),
-        sigmas=times,
-    )
+    return Wanted(steps=len(times) or steps, schedule=schedule_from(config), sigmas=times)
 
 
 def _parsed(metadata: Mapping[str, str], key: str) -> Any:

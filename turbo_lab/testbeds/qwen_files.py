@@ -248,8 +248,13 @@ def dtype_on(device: str) -> torch.dtype:
     return torch.bfloat16 if device == "cuda" else torch.float32
 
 
-def load_transformer(bundle: Bundle, device: str) -> nn.Module:
+def load_transformer(bundle: Bundle, device: str, dtype: torch.dtype | None = None) -> nn.Module:
     """Load the transformer straight to its device, in eval mode.
+
+    Args:
+        bundle: the pipeline.
+        device: cpu or cuda.
+        dtype: of the weights; None for that of the device, see `dtype_on`.
 
     Raises:
         MissingPiece: weights are missing or damaged.
@@ -259,7 +264,10 @@ def load_transformer(bundle: Bundle, device: str) -> nn.Module:
     folder = bundle.weights("transformer")
     with _loading(bundle, "transformer"):
         net: nn.Module = QwenImageTransformer2DModel.from_pretrained(
-            folder, torch_dtype=dtype_on(device), device_map={"": device}, use_safetensors=True
+            folder,
+            torch_dtype=dtype or dtype_on(device),
+            device_map={"": device},
+            use_safetensors=True,
         )
     return net.eval()
 

@@ -1,0 +1,237 @@
+"""The benchmark of Qwen-Image on networks of kilobytes: that it runs, and what it concludes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from turbo_lab.bench import qwen, qwen_nets, qwen_parts, qwen_whole
+from turbo_lab.bench.qwen import Report, file_for, lines, main
+from turbo_lab.bench.qwen_nets import FULL, TINY, Place
+from turbo_lab.bench.qwen_parts import Row, Setup, measured
+from turbo_lab.bench.qwen_round import Round, round_flops
+from turbo_lab.qwen_counts import Work
+from turbo_lab.schedules import published
+
+CPU = Place.on("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_compiler_and_no_garbage() -> Iterator[None]:
+    """What takes most of the time of tiny networks and has tests of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (qwen, qwen_parts, qwen_whole):
+            patch.setattr(module, "free", lambda: None)
+        patch.setattr(qwen_parts, "compiled", lambda decoder, backend: decoder)
+        yield
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a dry run writes."""
+    path = tmp_path_factory.mktemp("bench") / "tiny.json"
+    assert main(["--tiny", "--repeats", "2", "--json", str(path)]) == 0
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return found
+
+
+def row(record: dict[str, Any], part: str, name: str) -> dict[str, Any]:
+    (found,) = (r for r in record["rows"] if (r["part"], r["name"]) == (part, name))
+    return dict(found)
+
+
+# --- a dry run ----------------------------------------------------------------------------------
+
+
+def test_every_part_runs_and_says_that_it_was_tiny(record: dict[str, Any]) -> None:
+    parts = [r["part"] for r in record["rows"]]
+    assert list(dict.fromkeys(parts)) == [
+        "rates", "text", "decoding", "transformer", "total", "teacher", "training"
+    ]  # fmt: skip
+    assert (record["networks"], record["device"]) == ("tiny", "cpu")
+    assert "versions" in record["provenance"]
+    ran = [r for r in record["rows"] if "seconds" in r]
+    assert all(len(r["runs"]) == 2 for r in ran if "scaled" not in r.get("note", ""))
+    assert all("note" in r for r in record["rows"] if "seconds" not in r)
+
+
+def test_variants_compute_the_same_and_fp8_says_how_far_it_is_off(record: dict[str, Any]) -> None:
+    assert row(record, "transformer", "known times")["error"] < 1e-5
+    assert 1e-4 < row(record, "transformer", "fp8")["error"] < 0.3
+    assert row(record, "decoding", "collapsed")["error"] < 1e-4
+    assert "off by" in row(record, "total", "ours, fp8")["note"]
+
+
+def test_the_teacher_is_scaled_from_what_was_timed(record: dict[str, Any]) -> None:
+    short, long = (row(record, "teacher", f"{n} guided steps")["seconds"] for n in (2, 50))
+    assert long == pytest.approx(25 * short)
+
+
+def test_a_cycle_of_training_is_one_step_of_the_student_and_two_of_the_fake(
+    record: dict[str, Any],
+) -> None:
+    assert "3 gradient" in row(record, "training", "dmd2 64 px")["note"]
+
+
+def test_rows_know_how_far_they_are_from_their_floor(record: dict[str, Any]) -> None:
+    floors = record["floor_seconds"]
+    found = row(record, "transformer", "plain")
+    assert found["over_floor"] == pytest.approx(found["seconds"] / floors["transformer bf16"])
+    whole = row(record, "total", "stock pipeline")
+    parts = floors["transformer bf16"] + floors["decoding"]
+    assert whole["over_floor"] == pytest.approx(whole["seconds"] / parts)
+    trained = row(record, "training", "dmd2 64 px")
+    rate = row(record, "rates", "matmul")["rate"]
+    assert trained["over_floor"] == pytest.approx(trained["seconds"] * rate / trained["tflop"])
+
+
+def test_parts_can_be_measured_one_by_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tiny.json"
+    command = ["--tiny", "--repeats", "1", "--json", str(path), "--parts"]
+    for part in ("rates", "text", "rates"):
+        assert main([*command, part]) == 0
+    rows = json.loads(path.read_text("utf-8"))["rows"]
+    assert [r["part"] for r in rows if r["name"] in ("copy", "stock")] == ["text", "rates"]
+    assert main([*command, "transformer", "--variants", "fused"]) == 0
+    rows = json.loads(path.read_text("utf-8"))["rows"]
+    assert [r["name"] for r in rows if r["part"] == "transformer"] == ["plain", "fused"]
+    assert main([*command, "text", "--batch", "1"]) == 2
+    assert "other work" in capsys.readouterr().err
+
+
+# --- without a GPU ------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_figures_without_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TURBO_LAB_ROOT", str(tmp_path))
+    assert main([]) == 1
+    assert "torch sees none" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--repeats", "3"], "at least 5"),
+        (["--tiny", "--parts", "magic"], "choose among rates"),
+        (["--tiny", "--size", "100x100"], "multiple of 16"),
+        (["--tiny", "--variants", "magic"], "choose among plain"),
+        (["--tiny", "--schedule", "turbo"], "choose one of wuli-2"),
+        (["--tiny", "--json", "/nowhere/x.json"], "folder that exists"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_sentence(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_each_device_has_a_file_of_its_own() -> None:
+    assert file_for("NVIDIA H200 (141 GB)").name == "qwen-nvidia-h200-141-gb.json"
+
+
+# --- what it concludes --------------------------------------------------------------------------
+
+
+def full(*rows: Row) -> Report:
+    work = Work(height=2048, width=2048, batch=4, steps=2)
+    setup = Setup(settings=FULL, place=CPU, work=work, row=published("wuli-2"))
+    return Report(setup=setup, rows=rows)
+
+
+def test_floors_follow_from_measured_rates() -> None:
+    """3384 TFLOP at 790 TFLOP/s are 4.28 s; its linear layers at 1100 leave 1.6 + 2.0 s."""
+    copy = Row(part="rates", name="copy", seconds=0.1, gigabytes=300.0)
+    matmul = Row(part="rates", name="matmul", seconds=1.0, tflop=790)
+    fp8 = Row(part="rates", name="matmul fp8", seconds=1.0, tflop=1100)
+    assert full(copy, matmul).floors()["transformer bf16"] == pytest.approx(4.29, abs=0.02)
+    both = full(copy, matmul, fp8).floors()
+    assert both["transformer fp8"] == pytest.approx(1596 / 790 + 1781 / 1100, abs=0.03)
+    assert full(copy).floors() == {}
+
+
+def test_the_median_and_all_runs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([9.0, 1.0, 2.0])
+    monkeypatch.setattr(qwen_parts, "clocked", lambda task, device: next(ticks))
+    setup = Setup(
+        settings=TINY, place=CPU, work=Work(height=64, width=64), row=published("wuli-2"), repeats=3
+    )
+    calls: list[int] = []
+    found = measured(setup, "rates", "one", lambda: calls.append(1), flops=4e12)
+    assert (found.seconds, found.runs, found.rate) == (2.0, (9.0, 1.0, 2.0), 2.0)
+    assert len(calls) == 1  # the warm-up: the clock does not run the task here
+    assert "2000.00 ms" in lines([found])[0]
+
+
+def test_a_trained_pass_is_counted_as_its_products() -> None:
+    """Forward and backward through a frozen base, against the operations PyTorch executes."""
+    net = qwen_nets.transformer(TINY, CPU)
+    round_ = Round(size=256, batch=2, text=64, checkpointing=False)
+    x = torch.randn(2, 256, 64, requires_grad=True)
+    text = torch.randn(2, 64, 16, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        out = net(
+            hidden_states=x,
+            encoder_hidden_states=text,
+            timestep=torch.ones(2),
+            img_shapes=[[(1, 16, 16)]] * 2,
+            return_dict=False,
+        )[0]
+        out.sum().backward()
+    once = round_flops(TINY.model, round_, {"forward": 0, "gradient": 1})
+    # The last block's text is read by nobody, and time needs no gradient: both are small.
+    assert once == pytest.approx(counter.get_total_flops(), rel=0.1)
+    forward = round_flops(TINY.model, round_, {"forward": 1, "gradient": 0})
+    again = round_flops(
+        TINY.model, Round(size=256, batch=2, text=64), {"forward": 0, "gradient": 1}
+    )
+    assert again == once + forward
+
+
+# --- random networks ----------------------------------------------------------------------------
+
+
+def test_random_networks_are_whole_and_keep_the_size_of_numbers() -> None:
+    net = qwen_nets.transformer(TINY, CPU, seed=1)
+    assert sum(p.numel() for p in net.parameters()) == TINY.model.transformer.parameters
+    assert not any(p.requires_grad or p.is_meta for p in net.parameters())
+    weight = net.transformer_blocks[0].img_mlp.net[2].weight
+    assert weight.std() == pytest.approx(weight.shape[1] ** -0.5, rel=0.1)
+    assert torch.equal(net.txt_norm.weight, torch.ones(16))
+    same, other = (qwen_nets.transformer(TINY, CPU, seed=s) for s in (1, 2))
+    assert torch.equal(weight, same.transformer_blocks[0].img_mlp.net[2].weight)
+    assert not torch.equal(weight, other.transformer_blocks[0].img_mlp.net[2].weight)
+
+
+def test_sizes_that_are_measured_are_those_of_the_classes() -> None:
+    from accelerate import init_empty_weights
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    from turbo_lab.qwen_plan import ENCODER
+
+    config = Qwen2_5_VLConfig(
+        text_config=dict(FULL.text), vision_config=dict(FULL.vision), tie_word_embeddings=False
+    )
+    with init_empty_weights():
+        encoder = Qwen2_5_VLForConditionalGeneration(config)
+    assert sum(p.numel() for p in encoder.parameters()) == ENCODER
+    assert FULL.model.transformer.parameters == 20_430_401_088
+
+
+def test_the_adapter_is_on_all_linear_layers_of_the_blocks() -> None:
+    net = qwen_nets.transformer(TINY, CPU)
+    adapter = qwen_nets.random_adapter(net, CPU, rank=3)
+    assert len(list(adapter.paths)) == 2 * 14
+    assert all(3 in value.shape for value in adapter.tensors.values())

@@ -1,0 +1,154 @@
+"""Notebook 07's figures of cost: the roofline, the memory plan, and what was measured where."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from turbo_lab import places
+from turbo_lab.figures import ACCENT, INK, SECOND, SOFT, THIRD, style
+from turbo_lab.qwen_counts import LINEARS, Model, Work, counted
+from turbo_lab.qwen_plan import DEVICES, Device, need_table
+
+PHASES = {
+    "text": ("text encoder", SOFT),
+    "transformer": ("transformer", SECOND),
+    "activations": ("activations of one picture", ACCENT),
+    "decoder": ("VAE", INK),
+    "decoding": ("decoding one picture whole", THIRD),
+}
+"""Labels and colours of what `turbo_lab.qwen_plan.Need` counts."""
+
+
+def device(name: str) -> Device:
+    """Return a device of the table by its name."""
+    return next(one for one in DEVICES if one.name == name)
+
+
+def roofline_figure(work: Work, on: Device) -> Figure:
+    """Draw what a device can attain against FLOP per byte, with the components of some work.
+
+    Dots are under the roof of bf16; rings are where linear layers go with fp8, if it has that.
+    """
+    counts = counted(Model(), work)
+    x = np.geomspace(1, 1e5, 200)
+    with style():
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axis = figure.subplots()
+        axis.plot(x, _roof(x, on.bandwidth, on.bf16), color=INK, lw=1.2, label="bf16")
+        if on.fp8 is not None:
+            axis.plot(x, _roof(x, on.bandwidth, on.fp8), color=ACCENT, lw=1, label="fp8")
+        for count in counts:
+            dense = count.flops / count.bytes
+            attained = float(_roof(dense, on.bandwidth, on.bf16))
+            axis.plot(dense, attained, "o", color=INK, ms=4)
+            _name(axis, count.component, count.flops, (dense, attained))
+            if on.fp8 is not None and count.component in LINEARS:
+                dense = count.flops / (count.bytes - count.weights // 2)
+                axis.plot(dense, _roof(dense, on.bandwidth, on.fp8), "o", mfc="none", color=ACCENT)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel("FLOP per byte")
+        axis.set_ylabel("TFLOP/s at most")
+        axis.set_title(f"{on.name} ({on.source})")
+        axis.legend(loc="upper left", fontsize=8)
+    return figure
+
+
+def _roof(dense: Any, bandwidth: float, rate: float) -> Any:
+    return np.minimum(dense * bandwidth, rate) / 1e12
+
+
+def _name(axis: Axes, component: str, flops: int, at: tuple[float, float]) -> None:
+    axis.annotate(
+        f"{component}, {flops / 1e12:,.4g} TFLOP", at, (3, -5), textcoords="offset points",
+        fontsize=7, rotation=-38, ha="left", va="top", rotation_mode="anchor",
+    )  # fmt: skip
+
+
+def memory_figure(work: Work, devices: Sequence[Device] = DEVICES) -> Figure:
+    """Draw the bytes of each way to hold the networks as stacked bars, and devices as lines."""
+    table = need_table(work)
+    with style():
+        figure = Figure(figsize=(6.8, 3.4), layout="constrained")
+        axis = figure.subplots()
+        ways = {"all resident": ("bf16, GB", True)} | {
+            name.removesuffix(", GB"): (name, False) for name in table.columns
+        }
+        for y, (column, resident) in enumerate(ways.values()):
+            _stack(axis, y, table[column], resident=resident)
+        right = 1.4 * table.loc["resident"].max()
+        for size in sorted({one.memory / 1e9 for one in devices}):
+            if size < right:
+                names = ", ".join(d.name for d in devices if d.memory == int(size * 1e9))
+                axis.axvline(size, color=SOFT, lw=0.8, ls=":")
+                axis.text(size, -0.45, f" {names}", fontsize=6.5, rotation=35, va="bottom")
+        axis.set_yticks(range(len(ways)), list(ways))
+        axis.set_ylim(len(ways) - 0.5, -1.1)
+        axis.set_xlim(0, right)
+        axis.set_xlabel("GB at the worst moment, one picture at a time")
+        handles, labels = axis.get_legend_handles_labels()
+        first = dict(zip(labels, handles, strict=True))
+        figure.legend(first.values(), first.keys(), loc="outside lower center", ncols=3, fontsize=7)
+    return figure
+
+
+def _stack(axis: Axes, y: int, need: pd.Series, *, resident: bool) -> None:
+    """One bar; the larger of activations and decoding, and the encoder only if it stays."""
+    last = max(("activations", "decoding"), key=lambda part: need[part])
+    left = 0.0
+    for part in (*(("text",) if resident else ()), "transformer", "decoder", last):
+        label, colour = PHASES[part]
+        axis.barh(y, need[part], left=left, color=colour, height=0.6, label=label)
+        left += need[part]
+
+
+# --- what was measured --------------------------------------------------------------------------
+
+
+def recorded(folder: Path | None = None) -> pd.DataFrame:
+    """Read the figures of ``python -m turbo_lab.bench.qwen``: one row per measurement.
+
+    Args:
+        folder: of the JSON files; None for ``benchmarks/`` of the checkout.
+
+    Returns:
+        Columns ``device``, ``part``, ``name``, ``seconds``, ``TFLOP/s``, ``over floor``, ``GB``,
+        ``error`` and ``note``; no rows where nothing was measured yet.
+    """
+    folder = folder or places.root() / "benchmarks"
+    rows = []
+    for file in sorted(folder.glob("qwen-*.json")):
+        record = json.loads(file.read_text("utf-8"))
+        if record["networks"] == "full":
+            rows += [_row(record["device"], row) for row in record["rows"]]
+    return pd.DataFrame(rows, columns=list(_row("", {"part": "", "name": ""})))
+
+
+def _row(device: str, row: dict[str, Any]) -> dict[str, Any]:
+    peak = row.get("peak")
+    return {
+        "device": device,
+        "part": row["part"],
+        "name": row["name"],
+        "seconds": row.get("seconds"),
+        "TFLOP/s": row.get("rate"),
+        "over floor": row.get("over_floor"),
+        "GB": None if peak is None else peak / 1e9,
+        "error": row.get("error"),
+        "note": row.get("note", ""),
+    }
+
+
+def missing(table: pd.DataFrame) -> str:
+    """Return the sentence that says whether figures are missing; empty where there are some."""
+    if len(table):
+        return ""
+    return "Nothing was measured yet: python -m turbo_lab.bench.qwen needs a CUDA GPU."
