@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
 
+from turbo_lab.cli_sample import DeviceOption, SeedOption, check_profile_and_seed, sample
 from turbo_lab.errors import BadInput, TurboLabError
 
 if TYPE_CHECKING:
@@ -48,8 +49,6 @@ OnlyOption = Annotated[
     list[str] | None, typer.Option(help="Beginning of a notebook's name, e.g. 01; repeatable.")
 ]
 JobsOption = Annotated[int, typer.Option(help="Notebooks at a time; 0 chooses.")]
-SeedOption = Annotated[int, typer.Option(help="Base seed, at least 0.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Train again what is there already.")]
 
 
@@ -111,7 +110,7 @@ def train(
     ] = False,
 ) -> None:
     """Train a recipe, or find it trained: in the cache, or shipped with the package."""
-    _check_profile_and_seed(profile, seed)
+    check_profile_and_seed(profile, seed)
     chosen = {
         **{"recipe": recipe, "model": model, "prompts": prompts, "images": images},
         **{"size": size, "rank": rank, "dry_run": dry_run, "keep_activations": keep_activations},
@@ -137,102 +136,7 @@ def train(
     _say(artefact)
 
 
-@app.command()
-def sample(
-    captions: Annotated[
-        list[str] | None, typer.Argument(help="What the pictures show, one or more.")
-    ] = None,
-    testbed: Annotated[str, typer.Option(help="postcards or qwen_image.")] = "postcards",
-    caption: Annotated[
-        list[str] | None, typer.Option(help="The same as an option; repeatable.")
-    ] = None,
-    student: Annotated[
-        str,
-        typer.Option(help="A distilled student: a family such as dmd2, or a key; else teacher."),
-    ] = "",
-    steps: Annotated[
-        int | None, typer.Option(help="Of the sampler: 40 for the teacher, 2 for a student.")
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale of the teacher, 4; 1 is without.")
-    ] = None,
-    seed: SeedOption = 0,
-    grid: Annotated[str, typer.Option(help="Rows and columns, for example 4x4.")] = "",
-    first: Annotated[int, typer.Option(help="Number of the first picture: of its noise.")] = 0,
-    out: Annotated[Path, typer.Option(help="The PNG file to write.")] = Path("sample.png"),
-    device: DeviceOption = "auto",
-    model: Annotated[str, typer.Option(help="qwen_image: folder of a pipeline, or its id.")] = "",
-    lora: Annotated[
-        list[Path] | None, typer.Option(help="qwen_image: file of an adapter; repeatable.")
-    ] = None,
-    weight: Annotated[
-        list[float] | None, typer.Option(help="qwen_image: of each adapter; 1 if not given.")
-    ] = None,
-    schedule: Annotated[
-        str, typer.Option(help="qwen_image: a published one, such as wuli-2; else the adapter's.")
-    ] = "",
-    size: Annotated[str, typer.Option(help="qwen_image: WIDTHxHEIGHT, 1024x1024.")] = "",
-    batch: Annotated[int, typer.Option(help="qwen_image: pictures in all.")] = 0,
-    precision: Annotated[str, typer.Option(help="qwen_image: full or fp8.")] = "",
-    attention: Annotated[
-        str, typer.Option(help="qwen_image: cudnn, flash, efficient or math; else PyTorch chooses.")
-    ] = "",
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="qwen_image: compile blocks and decoder.")
-    ] = False,
-    offload: Annotated[
-        bool, typer.Option("--offload", help="qwen_image: keep blocks in the computer's memory.")
-    ] = False,
-) -> None:
-    """Draw pictures for captions with the teacher or a student."""
-    _check_profile_and_seed("quick", seed)
-    texts = [*(captions or []), *(caption or [])]
-    fast: dict[str, Any] = {
-        **{"precision": precision, "attention": attention},
-        **{"compiled": compiled, "offload": offload},
-    }
-    theirs: dict[str, Any] = {
-        **{"model": model, "lora": lora, "weight": weight, "schedule": schedule},
-        **{"size": size, "batch": batch, **fast},
-    }
-    if testbed == "qwen_image":
-        _only_for("postcards", testbed, {"student": student, "grid": grid, "first": first})
-        from turbo_lab import qwen_draw
-        from turbo_lab.qwen_order import Fast
-
-        done = qwen_draw.draw(
-            texts,
-            out,
-            model=model,
-            loras=lora or [],
-            weights=weight or [],
-            schedule=schedule,
-            steps=steps,
-            size=size,
-            batch=batch,
-            seed=seed,
-            guidance_scale=guidance,
-            fast=Fast(**{option: value for option, value in fast.items() if value}),
-            device=device,
-        )
-        typer.echo("\n".join(done))
-        return
-    if testbed != "postcards":
-        raise BadInput("testbed", testbed, "choose postcards or qwen_image")
-    _only_for("qwen_image", testbed, theirs)
-    from turbo_lab import pictures
-
-    order = pictures.checked_order(
-        captions=texts,
-        grid=grid,
-        steps=steps,
-        guidance=guidance,
-        seed=seed,
-        first=first,
-        student=student,
-    )
-    pictures.sample_images(order, out, device=device)
-    typer.echo(str(out))
+app.command()(sample)
 
 
 @export_app.command("lora")
@@ -252,7 +156,7 @@ def export_lora(
     ] = "stored",
 ) -> None:
     """Write a LoRA for diffusers or ComfyUI, and the scheduler_config.json that samples it."""
-    _check_profile_and_seed(profile, seed)
+    check_profile_and_seed(profile, seed)
     from turbo_lab import delivery, lora_export
 
     chosen = delivery.delivery(student, steps=steps, profile=cast("Profile", profile), seed=seed)
@@ -395,25 +299,8 @@ def _train_qwen(device: str, fresh: bool, options: dict[str, Any]) -> None:
         _say(factory.train_with_progress(job, fresh=fresh))
 
 
-def _only_for(testbed: str, chosen: str, options: Mapping[str, Any]) -> None:
-    """Refuse options of a testbed that was not chosen."""
-    for option, value in options.items():
-        if value:
-            shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-            raise BadInput(option, shown, f"it is for {testbed}, not for {chosen}")
-
-
 def _say(artefact: Artefact) -> None:
     typer.echo(f"{artefact.name}  {artefact.key}  {artefact.path}")
-
-
-def _check_profile_and_seed(profile: str, seed: int) -> None:
-    from turbo_lab.notebook_params import PROFILES
-
-    if profile not in PROFILES:
-        raise BadInput("profile", profile, "use one of " + ", ".join(map(repr, PROFILES)))
-    if seed < 0:
-        raise BadInput("seed", seed, "use an integer of at least 0")
 
 
 def _conclude(outcomes: Sequence[Any]) -> None:

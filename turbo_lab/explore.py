@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from html import escape
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from turbo_lab.recipes import FAMILIES
 
 if TYPE_CHECKING:
     import ipywidgets
+
+    from turbo_lab.qwen_workshop import Workshop
 
 
 def postcard_png(
@@ -337,6 +340,41 @@ def gan_explorer(
         knob.observe(draw, names="value")
     draw()
     return w.HBox([w.VBox([family, seed, *words.values()]), w.VBox([picture, note])])
+
+
+def factory_explorer(shop: Workshop) -> ipywidgets.Widget:
+    """Controls for prompt, size, LoRA, steps and noise beside Qwen-Image's picture.
+
+    Without the LoRA it is the base with guidance 4. A trap is said below the picture.
+    """
+    import ipywidgets as w
+
+    from turbo_lab.qwen_workshop import SIZES, picture_and_note
+
+    sizes = sorted({shop.size, *SIZES[shop.tiny]}, key=len)
+    late = {"continuous_update": False}
+    controls = {
+        "prompt": w.Text(value="a cat on the moss", description="prompt", **late),
+        "size": w.Dropdown(options=sizes, value=shop.size, description="size"),
+        "adapter": w.Dropdown(
+            options=[(shop.lora.name, True), ("none", False)], description="LoRA"
+        ),
+        "steps": w.IntSlider(value=2, min=1, max=50, description="steps", **late),
+        "seed": w.BoundedIntText(value=0, min=0, max=10**6, description="noise"),
+    }
+    picture, note = w.Image(format="png", width=384), w.HTML()
+
+    def draw(_: object = None) -> None:
+        try:
+            values = {name: control.value for name, control in controls.items()}
+            picture.value, note.value = picture_and_note(shop, **values)
+        except TurboLabError as error:
+            note.value = escape(str(error))
+
+    for control in controls.values():
+        control.observe(draw, names="value")
+    draw()
+    return w.HBox([w.VBox([*controls.values()]), w.VBox([picture, note])])
 
 
 def _words() -> dict[str, ipywidgets.Widget]:

@@ -61,6 +61,14 @@ class Gan05(NotebookParams):
     captions: Annotated[int, Field(ge=0, le=100_000)] = 0
 
 
+class Factory07(NotebookParams):
+    """Parameters of ``07_factory``; without ``model`` and ``lora`` a tiny pipeline is built."""
+
+    model: str = ""
+    lora: str = ""
+    size: Annotated[str, Field(pattern=r"^(\d+(x\d+)?)?$")] = ""
+
+
 #: Notebooks with parameters of their own; the others take ``NotebookParams``.
 NOTEBOOKS: dict[str, type[NotebookParams]] = {
     "01_teacher": Teacher01,
@@ -68,6 +76,7 @@ NOTEBOOKS: dict[str, type[NotebookParams]] = {
     "03_dmd2_and_mode_collapse": Dmd03,
     "04_pcm_warm_start": Warm04,
     "05_gan_texture": Gan05,
+    "07_factory": Factory07,
 }
 
 

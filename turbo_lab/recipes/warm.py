@@ -59,6 +59,7 @@ STARTS: Mapping[str, Start] = MappingProxyType(
             for t in (0.5, 0.8)
         },
         "warm-one-phase": Start(title="consistency, then DMD2", edges=()),
+        "warm-transition": Start(title="transition matching, then DMD2", method="transition"),
         "warm-fake": Start(title="PCM, then DMD2, fake warm too", rivals_from="before"),
     }
 )

@@ -39,7 +39,8 @@ LOOKED_AT = {"real": "real", **TITLES}
 def magnified(comparison: Comparison, *, each: int = 2, seed: int = 0) -> Figure:
     """Whole pictures, and below each a piece of its ground: the same captions and noises.
 
-    The captions are the first on each ground; the piece is where most pictures have free ground.
+    The captions are the first on each ground; the piece is where most pictures have free ground,
+    and in the real picture, which has another layout, where that has some.
 
     Args:
         comparison: of all students.
@@ -58,13 +59,13 @@ def magnified(comparison: Comparison, *, each: int = 2, seed: int = 0) -> Figure
         grid = figure.subplots(2 * len(rows), len(shown), squeeze=False)
         for r, k in enumerate(rows):
             images = torch.stack([pictures[k] for pictures in shown.values()])
-            top, left = charts.freest(images, CROP)
-            crops = images[:, :, top : top + CROP, left : left + CROP]
-            for axis, image in zip(grid[2 * r], images, strict=True):
-                axis.imshow(_picture(image), interpolation="nearest")
-                axis.add_patch(_frame(left, top))
-            for axis, crop in zip(grid[2 * r + 1], crops, strict=True):
-                axis.imshow(_picture(crop), interpolation="nearest")
+            own, shared = charts.freest(images[:1], CROP), charts.freest(images[1:], CROP)
+            for column, image in enumerate(images):
+                top, left = shared if column else own
+                crop = image[:, top : top + CROP, left : left + CROP]
+                grid[2 * r, column].imshow(_picture(image), interpolation="nearest")
+                grid[2 * r, column].add_patch(_frame(left, top))
+                grid[2 * r + 1, column].imshow(_picture(crop), interpolation="nearest")
         for axis in grid.ravel():
             bare(axis)
         for axis, title in zip(grid[0], shown, strict=True):
@@ -142,7 +143,7 @@ def spectra(rows: pd.DataFrame) -> Figure:
                 axis.plot(
                     of["frequency"], of["value"], "o-", ms=3, lw=1.2, color=colour, label=title
                 )
-            axis.set(title=ground, xlabel="cycles per pixel", yscale="log")
+            axis.set(title=ground, xlabel="cycles per pixel", ylim=(0, None))
             axis.set_xticks([k / 8 for k in range(1, 5)])
         figure.axes[0].set_ylabel("power / real")
         handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -181,6 +182,7 @@ def ablations(rows: pd.DataFrame, metrics: Sequence[str]) -> Figure:
             axis.axvline(of.loc[CONTROL, "value"] if CONTROL in of.index else 0.0, color=SOFT, lw=1)
             for y, (_, family, _) in enumerate(lines):
                 _dot(axis, of.loc[family], y, ACCENT if family == GAN else SECOND)
+            axis.locator_params(axis="x", nbins=3)
             axis.set_title({**METRICS, "texture": "texture, minus no GAN"}[metric], fontsize=8)
             axis.grid(axis="y", color=SOFT, alpha=0.2)
         starts = [k for k in range(1, len(lines)) if lines[k][0] != lines[k - 1][0]]
@@ -194,18 +196,21 @@ def ablations(rows: pd.DataFrame, metrics: Sequence[str]) -> Figure:
 
 
 def training(curves: pd.DataFrame) -> Figure:
-    """What the GAN term's own curves look like: one panel per term, one line per student.
+    """What the GAN term's own curves look like: one panel per term, one line per training.
 
     Args:
         curves: of `turbo_lab.studies.adversarial.curves`.
     """
     with style():
         figure = Figure(figsize=(8.6, 4.4), layout="constrained")
+        mains = [s for s in curves["student"].unique() if str(s).startswith("main")]
         for axis, (term, title) in zip(figure.subplots(2, 3).ravel(), TERMS.items(), strict=True):
             of = curves[curves["term"] == term]
             for k, (student, part) in enumerate(of.groupby("student", sort=False)):
-                colour = COLOURS[k % len(COLOURS)]
-                axis.plot(part["step"], part["value"], color=colour, lw=1, label=str(student))
+                main = str(student).startswith("main")
+                colour = ACCENT if main else COLOURS[1 + k - len(mains)]
+                label = {**dict.fromkeys(mains), mains[0]: "main"}.get(student, str(student))
+                axis.plot(part["step"], part["value"], color=colour, lw=1, label=label)
             axis.set_title(title, fontsize=8)
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
@@ -227,13 +232,14 @@ def hurts(comparison: Comparison, *, count: int = 12, seed: int = 0) -> Figure:
         for family in (CONTROL, GAN):
             images = images_of(comparison, family)[seed][rows[:count]]
             if len(images):
-                blocks[f"{title}, {'with' if family == GAN else 'without'}"] = images
+                blocks[f"{title}: {'with' if family == GAN else 'without'} the GAN"] = images
     with style():
-        figure = Figure(figsize=(0.8 * count + 1.9, 0.95 * len(blocks)), layout="constrained")
+        figure = Figure(figsize=(0.8 * count, 1.1 * len(blocks)), layout="constrained")
         axes = figure.subplots(max(1, len(blocks)), 1, squeeze=False)[:, 0]
         for axis, (title, images) in zip(axes, blocks.items(), strict=False):
             charts.judged_sheet(axis, charts.judged(images), columns=count)
-            axis.set_ylabel(title, rotation=0, ha="right", va="center", labelpad=6)
+            axis.set_title(title, loc="left", fontsize=8)
+            axis.set_anchor("W")
         for axis in axes[len(blocks) :]:
             axis.set_visible(False)
     return figure
@@ -249,6 +255,6 @@ def _changed(comparison: Comparison, seed: int) -> dict[str, Tensor]:
         for f in (GAN, CONTROL)
     )
     return {
-        "broken": (without & ~with_).nonzero()[:, 0],
-        "mended": (with_ & ~without).nonzero()[:, 0],
+        "right without, wrong with it": (without & ~with_).nonzero()[:, 0],
+        "wrong without, right with it": (with_ & ~without).nonzero()[:, 0],
     }

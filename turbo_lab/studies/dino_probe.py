@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from turbo_lab.claims import Interval, bootstrap, wilson
-from turbo_lab.dino import dino_features, random_features
+from turbo_lab.dino import dino_features, dino_recipe, random_features
 from turbo_lab.dino.net import tapped
 from turbo_lab.dino.supervised import TARGETS, ceiling, ceiling_recipe, labels
 from turbo_lab.features import VitFeatures
 from turbo_lab.figures import ACCENT, SECOND, SOFT, style
+from turbo_lab.keys import key_of
 from turbo_lab.postcards import draw_scenes, render
 from turbo_lab.progress import progress
 from turbo_lab.store import Store
@@ -51,6 +52,13 @@ class Budget:
     test: int = 2000
 
 
+BUDGETS: Mapping[str, Budget] = {
+    "smoke": Budget(fit=200, test=100),
+    "quick": Budget(fit=1500, test=1000),
+    "paper": Budget(fit=20_000, test=10_000),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Probed:
     """Which answers were wrong, ``[networks, targets, scenes]``, and the budget."""
@@ -71,6 +79,11 @@ def networks(*, store: Store | None = None, seed: int = 0) -> dict[str, VitFeatu
         "dino": dino_features(store),
         "ceiling": tapped(ceiling(ceiling_recipe(), store=store)),
     }
+
+
+def keys() -> tuple[str, ...]:
+    """Artefact keys of the mini-DINO and the ceiling."""
+    return key_of(dino_recipe().spec()), key_of(ceiling_recipe().spec())
 
 
 def probed(nets: Mapping[str, VitFeatures], *, budget: Budget = Budget(), seed: int = 0) -> Probed:

@@ -31,7 +31,7 @@ METRICS = {
     "hue_kl": "hue KL to truth (nats)",
     **MEANS,
 }
-RESAMPLES = 200
+RESAMPLES = 150
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,88 @@
+"""What notebook 07 shows: few steps beside many on a tiny pipeline, and claims that can fail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from small_lab import quick_study
+
+from turbo_lab import explore
+from turbo_lab.errors import BadInput
+from turbo_lab.lab import Lab
+from turbo_lab.qwen_workshop import TINY_SIZE, Workshop, workshop
+from turbo_lab.studies import factory_claims, factory_network, factory_pictures
+from turbo_lab.studies.factory_claims import STATED, Equality
+from turbo_lab.studies.factory_pictures import Budget, LastTimes
+
+BUDGET = Budget(prompts=1, postcards=4)
+
+
+@pytest.fixture(scope="module")
+def shop() -> Workshop:
+    return workshop(size="64", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def lasts(study_lab: Lab) -> Iterator[LastTimes]:
+    with quick_study(study_lab):
+        yield factory_pictures.last_times(study_lab, BUDGET, family="warm")
+
+
+def test_a_model_and_its_adapter_come_together() -> None:
+    for given, missing in (({"model": "a/b"}, "lora"), ({"lora": "x.safetensors"}, "model")):
+        with pytest.raises(BadInput, match=f"{missing}='' is not allowed"):
+            workshop(**given)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="size="):
+        workshop(size="63x-1")
+
+
+def test_the_tiny_workshop_draws_the_adapter_and_the_base_from_one_noise(shop: Workshop) -> None:
+    assert shop.tiny and "noise" in str(shop) and shop.size != TINY_SIZE
+    both = factory_pictures.compared(shop, BUDGET, seed=3)
+    rows = factory_pictures.times(both)
+    assert list(rows["passes per picture"]) == [2, 100]
+    assert rows["first times"].iloc[0] == "1, 0.7155"
+    few, many = both.few.drawn.pixels, both.many.drawn.pixels
+    assert few.shape == many.shape == (1, 64, 64, 3) and not torch.equal(few, many)
+    again = factory_pictures.compared(shop, BUDGET, seed=3)
+    assert torch.equal(again.few.drawn.pixels, few)
+    assert factory_pictures.figure_pictures(both).axes
+
+
+def test_claims_hold_on_the_tiny_pipeline_and_fail_where_something_is_off(
+    shop: Workshop, lasts: LastTimes
+) -> None:
+    equality = factory_claims.measured(shop, pictures=1)
+    made = {c.id: c for c in factory_claims.claims(equality, lasts, profile="smoke")}
+    assert all(made[f"F{k}"].verdict == "holds" for k in range(1, 9))
+    off = replace(equality, few=1e-3, guided=1e-3, decoding=1e-4, calls_many=2.0)
+    broken = {c.id: c for c in factory_claims.claims(off, lasts, profile="smoke")}
+    assert all(broken[f"F{k}"].verdict != "holds" for k in (4, 5, 6, 8))
+    assert isinstance(equality, Equality) and made["F9"].samples == BUDGET.postcards
+
+
+def test_what_is_counted_is_the_stated_size() -> None:
+    assert factory_claims.network_parameters() / 1e9 == pytest.approx(STATED, abs=0.01)
+    parts = factory_network.parts_table()
+    assert len(parts) > 3 and factory_network.turbo_sum().notna().all(axis=None)
+
+
+def test_the_own_times_of_a_student_come_first(lasts: LastTimes) -> None:
+    own, wrong = lasts.images
+    assert own.startswith("its own: 1, 0.7155") and wrong.endswith("1, 0.02")
+    assert not torch.equal(*lasts.images.values())
+    assert factory_pictures.figure_last_times(lasts, columns=2).axes
+
+
+def test_the_explorer_draws_and_says_what_is_wrong_with_the_times(shop: Workshop) -> None:
+    box = explore.factory_explorer(shop)
+    assert b"\x89PNG" in _pictures(box)
+
+
+def _pictures(widget: object) -> bytes:
+    """All PNG bytes in a tree of widgets."""
+    own = bytes(getattr(widget, "value", b"")) if type(widget).__name__ == "Image" else b""
+    return own + b"".join(_pictures(child) for child in getattr(widget, "children", ()))
