@@ -250,6 +250,14 @@ def mini_dino() -> Iterator[Bar]:
         )
 
 
+def factory() -> Iterator[Bar]:
+    """Ours against stock diffusers on a tiny pipeline, and counts of the full-size model."""
+    from turbo_lab.studies.factory_claims import factory_bars
+
+    for name, value, side, limit in factory_bars():
+        yield Bar(name=name, value=value, side=side, limit=limit)
+
+
 def renderer_speed() -> Iterator[Bar]:
     """Postcards rendered per second, the best of five passes of 2,048."""
     from turbo_lab.postcards import draw_scenes, render
@@ -341,6 +349,7 @@ BARS: Mapping[str, Callable[[], Iterator[Bar]]] = MappingProxyType(
         "warm": warm_quality,
         "gan": gan_quality,
         "dino": mini_dino,
+        "factory": factory,
         "bench": training_step,
         "bench.memory": shared_base,
     }

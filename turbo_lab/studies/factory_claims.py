@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -268,7 +268,7 @@ def _terminal(lasts: LastTimes, profile: str) -> Claim:
 # --- bars ---------------------------------------------------------------------------------------
 
 
-def factory_bars() -> Iterator[tuple[str, float, str, float]]:
+def factory_bars() -> Iterator[tuple[str, float, Literal["at least", "at most"], float]]:
     """Yield name, value, "at least" or "at most", and limit of each acceptance figure."""
     found = measured()
     yield "factory.parameters_off", abs(network_parameters() / 1e9 - STATED), "at most", 0.01
