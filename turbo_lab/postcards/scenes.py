@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ HUE_MODES = {
     "magenta": (315.0, 0.08),
 }
 """Garment hue modes, never in the caption: centre in degrees and probability."""
+ARM_DEGREES, LEG_DEGREES = ((122, 142), (34, 54)), ((22, 32), (3, 8))
+"""From hanging straight down, by the word of `ARMS` and of `LEGS`."""
 HUE_STD = 3.0
 """Standard deviation of a hue around its mode, degrees; draws are cut at 3 sigma."""
 
@@ -105,6 +107,40 @@ def draw_scenes(
     return _scenes(u, grain, sign_grid)
 
 
+def asked(scenes: Scenes, fields: Tensor) -> Scenes:
+    """The same scenes as other captions ask for: pose, ground and number of ``fields``.
+
+    What captions do not say (hue, place, jitter, grain) stays; limbs keep their place within the
+    range of their new pose.
+
+    Args:
+        scenes: B scenes.
+        fields: ``[B, 5]`` long, see `Caption.fields`.
+
+    Raises:
+        BadInput: another number of captions.
+    """
+    if fields.shape != scenes.fields.shape:
+        raise BadInput("fields", tuple(fields.shape), f"use {tuple(scenes.fields.shape)}")
+
+    def moved(angles: Tensor, column: int, ranges: tuple[tuple[int, int], ...]) -> Tensor:
+        spans = torch.tensor(ranges) * (torch.pi / 180)
+        (low, high), (to_low, to_high) = (
+            spans[given[:, column]].unbind(1) for given in (scenes.fields, fields)
+        )
+        share = (angles - low[:, None]) / (high - low)[:, None]
+        other = to_low[:, None] + share * (to_high - to_low)[:, None]
+        same = scenes.fields[:, column] == fields[:, column]
+        return torch.where(same[:, None], angles, other)
+
+    return replace(
+        scenes,
+        fields=fields,
+        arm_angles=moved(scenes.arm_angles, 0, ARM_DEGREES),
+        leg_angles=moved(scenes.leg_angles, 1, LEG_DEGREES),
+    )
+
+
 def _scenes(u: np.ndarray, grain: np.ndarray, sign_grid: int) -> Scenes:
     """Map uniform numbers ``[B, 24]`` to scenes."""
     choices = np.floor(u[:, :5] * np.array([2, 2, 3, 10, 10])).astype(np.int64)
@@ -131,8 +167,8 @@ def _scenes(u: np.ndarray, grain: np.ndarray, sign_grid: int) -> Scenes:
 
     raised, apart = choices[:, 0:1] == 0, choices[:, 1:2] == 0
     degrees = np.pi / 180
-    arms = np.where(raised, _between(u[:, 13:15], 122, 142), _between(u[:, 13:15], 34, 54))
-    legs = np.where(apart, _between(u[:, 15:17], 22, 32), _between(u[:, 15:17], 3, 8))
+    arms = np.where(raised, *(_between(u[:, 13:15], *r) for r in ARM_DEGREES))
+    legs = np.where(apart, *(_between(u[:, 15:17], *r) for r in LEG_DEGREES))
 
     def real(a: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32))

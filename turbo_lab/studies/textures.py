@@ -79,9 +79,9 @@ class Real:
 # --- what is measured ---------------------------------------------------------------------------
 
 
-def real_slices(n: int) -> dict[str, Slices]:
+def real_slices(n: int, *, seed: int = 0) -> dict[str, Slices]:
     """Patches of ``n`` real postcards of the stream critic, by ground."""
-    scenes = draw_scenes("critic", range(n))
+    scenes = draw_scenes("critic", range(n), seed=seed)
     images = render(scenes)
     free = measure.read(images).free
     return {
