@@ -284,6 +284,14 @@ def oracles() -> Iterator[Bar]:
         yield _rate(name, wilson(row.right, row.n), 0.99)
 
 
+def speed() -> Iterator[Bar]:
+    """The 2-step student against its guided teacher, in pairs through the same sampler."""
+    from turbo_lab.studies import speed
+
+    for name, ratio, limit in speed.bars(_lab()):
+        yield _rate(name, ratio, limit)
+
+
 def training_step() -> Iterator[Bar]:
     """Steps with a guided teacher, as multiples of their network passes alone.
 
@@ -350,6 +358,7 @@ BARS: Mapping[str, Callable[[], Iterator[Bar]]] = MappingProxyType(
         "gan": gan_quality,
         "dino": mini_dino,
         "factory": factory,
+        "speed": speed,
         "bench": training_step,
         "bench.memory": shared_base,
     }
