@@ -227,6 +227,14 @@ def bars(
     raise typer.Exit(measured(only or None))
 
 
+@app.command()
+def readme() -> None:
+    """Write the headline of README.md from the numbers that notebook 06 left in figures/."""
+    from turbo_lab.readme import write
+
+    typer.echo("README.md is written." if write() else "README.md was up to date.")
+
+
 @bench_app.command("train")
 def bench_train(
     only: Annotated[str, typer.Option(help="Beginning of methods' names; all if not given.")] = "",
