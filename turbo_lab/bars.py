@@ -215,7 +215,8 @@ def gan_quality() -> Iterator[Bar]:
     from turbo_lab.studies import adversarial
     from turbo_lab.studies.textures import TEXTURES, nearer
 
-    budget = adversarial.Budget(captions=CAPTIONS, seeds=3, sweep=(), real=4096)
+    compared = (adversarial.GAN, adversarial.DIRECT, adversarial.CONTROL)
+    budget = adversarial.Budget(captions=CAPTIONS, seeds=3, sweep=(), real=4096, main=compared)
     comparison = adversarial.compare(_lab(), budget, seed=0)
     found = comparison.measured
     ours = found[adversarial.GAN]

@@ -98,7 +98,10 @@ def train(
         Path | None, typer.Option(help="qwen_image: text file, one prompt per line.")
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="qwen_image: folder of pictures, one for each prompt.")
+        Path | None,
+        typer.Option(
+            help="Folder of pictures: one for each prompt of qwen_image; real ones of gan-dino."
+        ),
     ] = None,
     size: Annotated[int, typer.Option(help="qwen_image: pixels of the square pictures.")] = 0,
     rank: Annotated[int, typer.Option(help="qwen_image: of the adapters.")] = 0,
@@ -122,7 +125,8 @@ def train(
         _train_qwen(device, fresh, {"profile": profile, "seed": seed, **options})
         return
     for option, value in options.items():
-        raise BadInput(option, str(value), f"it is for qwen_image, not for {name}")
+        if option != "images":
+            raise BadInput(option, str(value), f"it is for qwen_image, not for {name}")
     from turbo_lab import lab
 
     artefact = lab.train(
@@ -132,6 +136,7 @@ def train(
         fresh=fresh,
         device=device,
         ship=ship,
+        images=images,
     )
     _say(artefact)
 

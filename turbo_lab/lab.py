@@ -31,7 +31,15 @@ from turbo_lab.fit import Record
 from turbo_lab.path import grid_from_times, time_grid
 from turbo_lab.postcards import Scenes
 from turbo_lab.progress import progress
-from turbo_lab.recipes import FAMILIES, Profile, Recipe, resolve, student_recipe
+from turbo_lab.recipes import (
+    FAMILIES,
+    Profile,
+    Recipe,
+    real_folder,
+    resolve,
+    student_recipe,
+    with_folder,
+)
 from turbo_lab.sample import draw_samples
 from turbo_lab.store import Artefact, Store
 from turbo_lab.testbeds.postcards import Postcards
@@ -311,17 +319,26 @@ def train(
     fresh: bool = False,
     device: str = "auto",
     ship: bool = False,
+    images: Path | None = None,
 ) -> Artefact:
     """Train a recipe unless it is there already; ``ship`` copies it into the package's source.
 
     ``dino`` is the feature extractor of the adversarial term; every other name is of `RECIPES`.
+    ``images`` is a folder of photographs that its critic sees instead of real postcards.
+
+    Raises:
+        BadInput: the recipe has no critic that could, see `turbo_lab.recipes.with_folder`.
     """
     store, place = Store.default(), chosen_device(device)
     if name == dino.NAME:
+        if images is not None:
+            raise BadInput("images", str(images), f"{name} learns from postcards alone")
         features = dino.dino_recipe(profile, seed=seed)
         artefact = dino.trained_with_progress(features, store=store, fresh=fresh, device=place)
     else:
         recipe = resolve(name, profile=profile, seed=seed)
+        if images is not None:
+            recipe = with_folder(recipe, real_folder(images))
         artefact = _trained(recipe, store=store, fresh=fresh, device=place)
     if ship:
         store.ship(artefact)

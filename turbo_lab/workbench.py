@@ -35,6 +35,7 @@ from turbo_lab.progress import progress
 from turbo_lab.recipes import Pairs, Recipe, Stage
 from turbo_lab.store import Artefact, Store
 from turbo_lab.streams import Draw
+from turbo_lab.testbeds.photos import load_photos, photo_batch
 from turbo_lab.testbeds.postcards import (
     LATENT_CHANNELS,
     PairSource,
@@ -303,6 +304,10 @@ def _gan(
     gan = recipe.stages[-1].gan
     if gan is None:
         return None
+    if gan.folder is not None:
+        of = gan.folder
+        photos = load_photos(of.path, of.digest, of.side, of.place)
+        real = partial(photo_batch, photos, device=device)
     teacher = real if gan.pairs is None else partial(pair_batch, sources[gan.pairs])
     return gan_pieces(
         gan,

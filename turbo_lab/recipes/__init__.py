@@ -7,7 +7,18 @@ from types import MappingProxyType
 
 from turbo_lab.errors import BadInput
 from turbo_lab.recipes import adversarial, distribution, trajectory, warm
-from turbo_lab.recipes.models import WORLD, Family, Gan, Pairs, Profile, Rates, Recipe, Stage
+from turbo_lab.recipes.adversarial import real_folder, with_folder
+from turbo_lab.recipes.models import (
+    WORLD,
+    Family,
+    Folder,
+    Gan,
+    Pairs,
+    Profile,
+    Rates,
+    Recipe,
+    Stage,
+)
 from turbo_lab.recipes.teacher import GUIDANCE, teacher
 
 __all__ = [
@@ -16,15 +27,18 @@ __all__ = [
     "RECIPES",
     "WORLD",
     "Family",
+    "Folder",
     "Gan",
     "Pairs",
     "Profile",
     "Rates",
     "Recipe",
     "Stage",
+    "real_folder",
     "resolve",
     "student_recipe",
     "teacher",
+    "with_folder",
 ]
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
 from turbo_lab.errors import BadInput
 from turbo_lab.recipes.distribution import RIVAL_UPDATES, calls_per_round
-from turbo_lab.recipes.models import Family, Gan, Pairs, Profile, Rates, Recipe
+from turbo_lab.recipes.models import Family, Folder, Gan, Pairs, Profile, Rates, Recipe
 from turbo_lab.recipes.warm import STEPS, warm
+from turbo_lab.testbeds.photos import Place, folder_digest
 
 START = "warm-second-0.5"
 """The student that all go on from, of the same seed: the best 2-step student before."""
@@ -121,6 +123,45 @@ def gan(profile: Profile, seed: int, *, name: str = "gan") -> Recipe:
         update={"steps": rounds, "rates": rates, "gan": term, "rivals_from": "fake"}
     )
     return start.model_copy(update={"name": name, "stages": (stage,), "start": start})
+
+
+def real_folder(path: str | Path, *, side: int | None = None, place: Place = "random") -> Folder:
+    """Name a folder of photographs by its contents.
+
+    Args:
+        path: of the folder; png, jpg and webp files in it are used.
+        side: pixels of the squares that are cut out and come to 32 by area; None for the shorter
+            side of each picture.
+        place: of the squares.
+
+    Raises:
+        BadInput: no such folder, no picture in it, or one that cannot be read or is too small.
+    """
+    digest = folder_digest(Path(path), side=side)
+    return Folder(digest=digest, side=side, place=place, path=str(Path(path).absolute()))
+
+
+def with_folder(recipe: Recipe, folder: Folder) -> Recipe:
+    """The recipe with photographs where its critic saw real postcards.
+
+    A recipe whose critic looks through a network that is told captions, as that of ``gan``, has
+    none for a photograph: use ``gan-dino``, ``gan-pixels`` or ``gan-random``.
+
+    Raises:
+        BadInput: no stage has a GAN term, or its critic asks for captions or shows no real side.
+    """
+    if not any(stage.gan for stage in recipe.stages):
+        raise BadInput("recipe", recipe.name, "it has no GAN term that could look at photographs")
+    stages = tuple(
+        s.model_copy(update={"gan": _seeing(s.gan, folder)}) if s.gan else s for s in recipe.stages
+    )
+    return recipe.model_copy(update={"stages": stages})
+
+
+def _seeing(gan: Gan, folder: Folder) -> Gan:
+    changed = gan.model_copy(update={"folder": folder})
+    changed.check_folder()
+    return changed
 
 
 def _family(steps: int, profile: Profile, seed: int, *, name: str) -> Recipe:

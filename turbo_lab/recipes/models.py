@@ -16,6 +16,7 @@ from turbo_lab.adapters import AdapterSize
 from turbo_lab.errors import BadInput
 from turbo_lab.fit import Optimiser
 from turbo_lab.methods import METHODS
+from turbo_lab.postcards import SIZE
 from turbo_lab.testbeds.postcards import NetSize
 
 Profile = Literal["smoke", "quick", "paper"]
@@ -50,6 +51,19 @@ class Pairs(_Frozen):
     steps: int = Field(ge=1, le=1000)
 
 
+class Folder(_Frozen):
+    """A folder of photographs as real pictures; make it with `turbo_lab.recipes.real_folder`.
+
+    ``digest`` names its contents and goes into the key; ``path`` says where they are on this
+    machine and does not. The rest is as in `turbo_lab.testbeds.photos.Photos`.
+    """
+
+    digest: str = Field(pattern="^[0-9a-f]{16}$")
+    side: int | None = Field(None, ge=SIZE)
+    place: Literal["random", "centre"] = "random"
+    path: str = Field("", exclude=True, repr=False)
+
+
 class Gan(_Frozen):
     """A GAN term beside the method of a stage, see `turbo_lab.methods.gan.WithGan`.
 
@@ -57,8 +71,9 @@ class Gan(_Frozen):
     ``teacher`` or of the ``fake`` score, raw ``pixels``, or a ``random`` transformer of the
     mini-DINO's shape. ``blocks`` are those that are tapped; none for all. ``rho`` is the share of
     real postcards on the critic's real side; the rest are samples of the guided teacher, drawn as
-    ``pairs`` says. Either ``weight`` or ``balance`` is given. The optimiser of the heads is
-    ``rates["critic"]`` of the stage.
+    ``pairs`` says. With a ``folder`` its photographs stand where postcards do; they have no
+    captions, so neither heads nor features may ask for any. Either ``weight`` or ``balance`` is
+    given. The optimiser of the heads is ``rates["critic"]`` of the stage.
     """
 
     features: Literal["dino", "teacher", "fake", "pixels", "random"] = "dino"
@@ -67,6 +82,7 @@ class Gan(_Frozen):
     width: int = Field(64, ge=1, le=1024)
     rho: float = Field(ge=0, le=1)
     pairs: Pairs | None = None
+    folder: Folder | None = None
     weight: float | None = Field(None, ge=0, allow_inf_nan=False)
     balance: float | None = Field(None, gt=0, allow_inf_nan=False)
     loss: Literal["logistic", "hinge"] = "logistic"
@@ -86,7 +102,23 @@ class Gan(_Frozen):
         low, high = self.noise_range
         if not 0 <= low <= high <= 1:
             raise BadInput("noise_range", self.noise_range, "use two times, 0 to 1, not falling")
+        if self.folder is not None:
+            self.check_folder()
         return self
+
+    def check_folder(self) -> None:
+        """Refuse a critic that is told a caption for one side alone: it would need no picture.
+
+        Raises:
+            BadInput: heads or features that ask for captions, or no real side.
+        """
+        if self.rho == 0:
+            raise BadInput("rho", self.rho, "it shows no real picture; leave the folder out")
+        if self.heads == "caption":
+            raise BadInput("heads", self.heads, "a folder's pictures have no captions; use 'plain'")
+        if self.features in ("teacher", "fake"):
+            allowed = "a folder's pictures have no captions; use 'dino', 'pixels' or 'random'"
+            raise BadInput("features", self.features, allowed)
 
 
 class Stage(_Frozen):

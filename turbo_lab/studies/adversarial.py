@@ -65,6 +65,7 @@ class Budget:
     seeds: int
     sweep: tuple[str, ...] = SWEEP
     real: int = 1024
+    main: tuple[str, ...] = tuple(TITLES)
 
 
 BUDGETS: Mapping[str, Budget] = MappingProxyType(
@@ -82,23 +83,24 @@ class Comparison:
 
     lab: Lab
     budget: Budget
-    teacher: Samples
+    teacher: Samples | None
     drawn: Drawn
 
     @property
     def keys(self) -> tuple[str, ...]:
         """Artefact keys of the students and of all samples."""
-        return (*self.drawn.keys, self.teacher.key)
+        return (*self.drawn.keys, *((self.teacher.key,) if self.teacher else ()))
 
     @property
     def families(self) -> tuple[str, ...]:
         """Everyone who was sampled."""
-        return (TEACHER, *dict.fromkeys(family for family, _, _ in self.drawn.samples))
+        students = dict.fromkeys(family for family, _, _ in self.drawn.samples)
+        return (*((TEACHER,) if self.teacher else ()), *students)
 
     @property
     def scenes(self) -> Scenes:
         """What the captions ask for."""
-        return self.teacher.scenes
+        return next(iter(self.drawn.samples.values())).scenes
 
     @cached_property
     def real(self) -> Real:
@@ -128,6 +130,7 @@ def steps_of(family: str) -> int:
 def images_of(comparison: Comparison, family: str) -> list[Tensor]:
     """Images of a family, one tensor ``[n, 3, 32, 32]`` per training."""
     if family == TEACHER:
+        assert comparison.teacher is not None
         return [comparison.teacher.images]
     drawn = comparison.drawn.samples
     return [drawn[key].images for key in sorted(drawn) if key[0] == family]
@@ -136,7 +139,7 @@ def images_of(comparison: Comparison, family: str) -> list[Tensor]:
 def compare(
     lab: Lab, budget: Budget, *, seed: int, profile: Profile = "quick", fresh: bool = False
 ) -> Comparison:
-    """Sample the teacher and every student.
+    """Sample the teacher and every student, as far as the budget names them.
 
     Args:
         lab: with the teacher.
@@ -146,7 +149,8 @@ def compare(
             students (those of ``quick``) serve every profile.
         fresh: train again what this notebook adds; what it starts from is notebook 04's.
     """
-    keys: list[Key] = [(f, steps_of(f), k) for f in STUDENTS for k in range(budget.seeds)]
+    main = [f for f in STUDENTS if f in budget.main]
+    keys: list[Key] = [(f, steps_of(f), k) for f in main for k in range(budget.seeds)]
     keys += [(f, STEPS, 0) for f in budget.sweep]
     if fresh:
         for family, steps, k in keys:
@@ -156,7 +160,9 @@ def compare(
     drawn = draw_students(
         lab, keys, captions=budget.captions, seed=seed, profile=profile if fresh else "quick"
     )
-    teacher = lab.samples(Sampling(n=budget.captions, seed=seed), TITLES[TEACHER])
+    teacher = None
+    if TEACHER in budget.main:
+        teacher = lab.samples(Sampling(n=budget.captions, seed=seed), TITLES[TEACHER])
     return Comparison(lab=lab, budget=budget, teacher=teacher, drawn=drawn)
 
 
