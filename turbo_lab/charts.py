@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -153,6 +154,61 @@ def scatter(
         axis.set(xlabel=xlabel, ylabel=ylabel)
         axis.legend(fontsize=8)
     return figure
+
+
+def dot_panels(
+    rows: pd.DataFrame,
+    *,
+    by: str,
+    titles: Mapping[str, str],
+    metrics: Mapping[str, str],
+    bands: Mapping[str, float],
+    accent: str,
+    columns: int = 6,
+) -> Figure:
+    """Draw one line per sampler and one panel per metric: dots with their intervals.
+
+    Args:
+        rows: long form with the columns ``by``, ``metric``, ``value``, ``low``, ``high``.
+        by: name of the column of samplers.
+        titles: samplers from top to bottom, and their labels.
+        metrics: the panels and their titles.
+        bands: samplers drawn as a band through every panel, with its opacity.
+        accent: the sampler that is picked out.
+        columns: panels in a row of the figure.
+    """
+    deep = -(-len(metrics) // columns)
+    with style():
+        wide = 1.9 * min(columns, len(metrics)) + 1.6
+        figure = Figure(figsize=(wide, (0.24 * len(titles) + 0.8) * deep), layout="constrained")
+        axes = figure.subplots(deep, min(columns, len(metrics)), sharey=True, squeeze=False)
+        for axis, (metric, title) in zip(axes.ravel(), metrics.items(), strict=False):
+            of = rows[rows["metric"] == metric].set_index(by)
+            for sampler, alpha in bands.items():
+                _band(axis, of, sampler, alpha)
+            for y, sampler in enumerate(titles):
+                dot(axis, of.loc[sampler], y, ACCENT if sampler == accent else SECOND)
+            axis.locator_params(axis="x", nbins=4)
+            axis.set_title(title, fontsize=8)
+            axis.grid(axis="y", color=SOFT, alpha=0.2)
+        for axis in axes.ravel()[len(metrics) :]:
+            axis.set_visible(False)
+        for axis in axes[:, 0]:
+            axis.set_yticks(range(len(titles)), list(titles.values()), fontsize=8)
+        axes[0, 0].invert_yaxis()
+    return figure
+
+
+def _band(axis: Axes, of: pd.DataFrame, sampler: str, alpha: float) -> None:
+    if sampler in of.index:
+        low, high = of.loc[sampler, "low"], of.loc[sampler, "high"]
+        axis.axvspan(low, high, fc=to_rgba(SOFT, alpha), ec=SOFT, lw=0.6)
+
+
+def dot(axis: Axes, row: pd.Series, y: float, colour: str) -> None:
+    """Draw a value with its interval at height y."""
+    error = np.abs([[row["value"] - row["low"]], [row["high"] - row["value"]]])
+    axis.errorbar([row["value"]], [y], xerr=error, color=colour, fmt="o", ms=4, lw=1, capsize=2)
 
 
 def ratio_lines(

@@ -50,7 +50,7 @@ def teacher_explorer(lab: Lab) -> ipywidgets.Widget:
         "seed": w.BoundedIntText(value=0, min=0, max=10**6, description="seed"),
     }
     controls["guidance_scale"].continuous_update = False
-    words = _words()
+    words = caption_boxes()
     picture, note = w.Image(format="png", width=256, height=256), w.Label()
 
     def draw(_: object = None) -> None:
@@ -100,7 +100,7 @@ def student_explorer(lab: Lab, families: Sequence[str]) -> ipywidgets.Widget:
         ),
         "seed": w.BoundedIntText(value=0, min=0, max=10**6, description="noise"),
     }
-    words = _words()
+    words = caption_boxes()
     pictures = [w.Image(format="png", width=256, height=256) for _ in range(2)]
     note = w.Label()
 
@@ -181,7 +181,7 @@ def dmd2_explorer(lab: Lab, *, noises: int = 24) -> ipywidgets.Widget:
         "guidance": w.SelectionSlider(options=choices(2), value=4.0, description="guidance"),
         "seed": w.BoundedIntText(value=0, min=0, max=10**6, description="noise"),
     }
-    words = _words()
+    words = caption_boxes()
     picture, note = w.Image(format="png", width=700), w.Label()
 
     def draw(_: object = None) -> None:
@@ -254,7 +254,7 @@ def warm_explorer(lab: Lab, shares: Mapping[str, float], *, noises: int = 12) ->
         ),
         "seed": w.BoundedIntText(value=0, min=0, max=10**6, description="noise"),
     }  # fmt: skip
-    words = _words()
+    words = caption_boxes()
     picture, note = w.Image(format="png", width=760), w.Label()
 
     def draw(_: object = None) -> None:
@@ -324,7 +324,7 @@ def gan_explorer(
     ]
     family = w.Dropdown(options=options, description="GAN")
     seed = w.BoundedIntText(value=0, min=0, max=10**6, description="noise")
-    words = _words()
+    words = caption_boxes()
     picture, note = w.Image(format="png", width=760), w.Label()
 
     def draw(_: object = None) -> None:
@@ -377,7 +377,8 @@ def factory_explorer(shop: Workshop) -> ipywidgets.Widget:
     return w.HBox([w.VBox([*controls.values()]), w.VBox([picture, note])])
 
 
-def _words() -> dict[str, ipywidgets.Widget]:
+def caption_boxes() -> dict[str, ipywidgets.Widget]:
+    """Controls for the words of a caption, by the names of `turbo_lab.postcards.Caption`."""
     import ipywidgets as w
 
     return {

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from turbo_lab.errors import BadInput
-from turbo_lab.recipes import adversarial, distribution, trajectory, warm
+from turbo_lab.recipes import adversarial, distribution, trajectory, turbo, warm
 from turbo_lab.recipes.adversarial import real_folder, with_folder
 from turbo_lab.recipes.models import (
     WORLD,
@@ -42,7 +42,13 @@ __all__ = [
 ]
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {**trajectory.FAMILIES, **distribution.FAMILIES, **warm.FAMILIES, **adversarial.FAMILIES}
+    {
+        **trajectory.FAMILIES,
+        **distribution.FAMILIES,
+        **warm.FAMILIES,
+        **adversarial.FAMILIES,
+        **turbo.FAMILIES,
+    }
 )
 """Students that notebooks compare, by method."""
 

@@ -17,7 +17,7 @@ from turbo_lab.testbeds.photos import Place, folder_digest
 
 START = "warm-second-0.5"
 """The student that all go on from, of the same seed: the best 2-step student before."""
-CALLS = {"smoke": 1_000, "quick": 40_000, "paper": 600_000}
+CALLS: Mapping[Profile, int] = {"smoke": 1_000, "quick": 40_000, "paper": 600_000}
 """Network calls of this stage. Features of a critic are not counted, nor the teacher's samples on
 its real side, which all share; the student's samples that it looks at are."""
 PAIRS = {
@@ -107,8 +107,19 @@ def gan(profile: Profile, seed: int, *, name: str = "gan") -> Recipe:
         seed: of the training, and of the start's.
         name: of `AGAINST`, or `CONTROL`.
     """
-    start = warm(profile, seed, name=START)
     term = None if name == CONTROL else AGAINST[name].gan(profile)
+    return going_on(warm(profile, seed, name=START), profile, name=name, term=term)
+
+
+def going_on(start: Recipe, profile: Profile, *, name: str, term: Gan | None) -> Recipe:
+    """A 2-step student that goes on by `CALLS` of DMD2, with a GAN term or without.
+
+    Args:
+        start: the student before, by DMD2 in its last stage.
+        profile: smoke, quick or paper.
+        name: of the recipe.
+        term: the GAN term, if any.
+    """
     last = start.stages[-1]
     # The critic looks at one more batch of samples in every round.
     per_round = calls_per_round(STEPS, RIVAL_UPDATES) + (0 if term is None else (STEPS + 1) / 2)

@@ -20,7 +20,7 @@ SHIFT = 2.5
 """Timestep shift of the students' samplers; two steps are then at 1 and 0.7143, beside the 0.7155
 of the published 2-step schedule, which is used as it is."""
 SECOND = 0.7155
-CALLS = {"smoke": 2_000, "quick": 140_000, "paper": 1_500_000}
+CALLS: Mapping[Profile, int] = {"smoke": 2_000, "quick": 140_000, "paper": 1_500_000}
 """Network calls that each student may spend: one per image and forward pass, three with a
 gradient; a guided velocity is two."""
 RIVAL_UPDATES = 2

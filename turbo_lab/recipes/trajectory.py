@@ -14,7 +14,7 @@ from turbo_lab.recipes.teacher import GUIDANCE, teacher
 
 CHAIN = (16, 8, 4, 2, 1)
 """Steps of the progressive students; the guided teacher walks 32."""
-CALLS = {"smoke": 1_500, "quick": 100_000, "paper": 1_500_000}
+CALLS: Mapping[Profile, int] = {"smoke": 1_500, "quick": 100_000, "paper": 1_500_000}
 """Network calls that each trajectory method may spend on all its students together: one per image
 and forward pass, three where a gradient is taken. Equal for all, so that methods are compared and
 not budgets; the pairs of direct distillation are not counted, which favours it."""
@@ -73,6 +73,8 @@ def progressive(
     teacher_steps: int = 32,
     chain: tuple[int, ...] = CHAIN,
     doubled: int = 2,
+    calls: Mapping[Profile, int] = CALLS,
+    name: str = "progressive",
 ) -> Recipe:
     """Guided teacher steps, halved stage by stage; guidance is distilled in the first.
 
@@ -82,8 +84,10 @@ def progressive(
         teacher_steps: of the guided teacher, for example 40 with the chain 20, 10, 5, 2, 1.
         chain: steps of the student after each stage, falling.
         doubled: so many last stages are twice as long, as in the code of Consistency Models.
+        calls: network calls of all stages together, by profile.
+        name: of the recipe.
     """
-    unit = CALLS[profile] / (len(chain) + doubled)
+    unit = calls[profile] / (len(chain) + doubled)
     stages = []
     for k, (before, steps) in enumerate(pairwise((teacher_steps, *chain))):
         substeps = -(-before // steps)  # the most that one student step spans
@@ -96,14 +100,27 @@ def progressive(
             teacher="before" if k else "guided",
         )
         stages.append(stage)
-    return student("progressive", seed, tuple(stages))
+    return student(name, seed, tuple(stages))
 
 
-def consistency(profile: Profile, seed: int) -> Recipe:
-    """Discrete consistency distillation: one student for any number of steps."""
+def consistency(
+    profile: Profile,
+    seed: int,
+    *,
+    calls: Mapping[Profile, int] = CALLS,
+    name: str = "consistency",
+) -> Recipe:
+    """Discrete consistency distillation: one student for any number of steps.
+
+    Args:
+        profile: smoke, quick or paper.
+        seed: of the training.
+        calls: network calls, by profile.
+        name: of the recipe.
+    """
     options = {"grid_steps": 40}
-    stage = _distill("consistency", profile, CALLS[profile], per_sample=6, options=options)
-    return student("consistency", seed, (stage,))
+    stage = _distill("consistency", profile, calls[profile], per_sample=6, options=options)
+    return student(name, seed, (stage,))
 
 
 def continuous(profile: Profile, seed: int) -> Recipe:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
-from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -97,34 +95,14 @@ def dots(rows: pd.DataFrame, metrics: Sequence[str]) -> Figure:
         rows: of `turbo_lab.studies.adversarial.table`.
         metrics: the panels.
     """
-    families = [f for f in TITLES if f != TEACHER]
-    with style():
-        height = 0.3 * len(families) + 0.9
-        figure = Figure(figsize=(1.9 * len(metrics) + 1.6, height), layout="constrained")
-        axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
-        for axis, metric in zip(axes, metrics, strict=True):
-            of = rows[rows["metric"] == metric].set_index("family")
-            _band(axis, of, TEACHER, 0.2)
-            _band(axis, of, FLOOR, 0.45)
-            for y, family in enumerate(families):
-                colour = ACCENT if family == GAN else SECOND
-                _dot(axis, of.loc[family], y, colour)
-            axis.set_title(METRICS[metric], fontsize=8)
-            axis.grid(axis="y", color=SOFT, alpha=0.2)
-        axes[0].set_yticks(range(len(families)), [TITLES[f] for f in families], fontsize=8)
-        axes[0].invert_yaxis()
-    return figure
-
-
-def _band(axis: Axes, of: pd.DataFrame, family: str, alpha: float) -> None:
-    if family in of.index:
-        low, high = of.loc[family, "low"], of.loc[family, "high"]
-        axis.axvspan(low, high, fc=to_rgba(SOFT, alpha), ec=SOFT, lw=0.6)
-
-
-def _dot(axis: Axes, row: pd.Series, y: float, colour: str) -> None:
-    error = np.abs([[row["value"] - row["low"]], [row["high"] - row["value"]]])
-    axis.errorbar([row["value"]], [y], xerr=error, color=colour, fmt="o", ms=4, lw=1, capsize=2)
+    return charts.dot_panels(
+        rows,
+        by="family",
+        titles={f: title for f, title in TITLES.items() if f != TEACHER},
+        metrics={metric: METRICS[metric] for metric in metrics},
+        bands={TEACHER: 0.2, FLOOR: 0.45},
+        accent=GAN,
+    )
 
 
 def spectra(rows: pd.DataFrame) -> Figure:
@@ -181,7 +159,7 @@ def ablations(rows: pd.DataFrame, metrics: Sequence[str]) -> Figure:
             of = rows[rows["metric"] == metric].set_index("family")
             axis.axvline(of.loc[CONTROL, "value"] if CONTROL in of.index else 0.0, color=SOFT, lw=1)
             for y, (_, family, _) in enumerate(lines):
-                _dot(axis, of.loc[family], y, ACCENT if family == GAN else SECOND)
+                charts.dot(axis, of.loc[family], y, ACCENT if family == GAN else SECOND)
             axis.locator_params(axis="x", nbins=3)
             axis.set_title({**METRICS, "texture": "texture, minus no GAN"}[metric], fontsize=8)
             axis.grid(axis="y", color=SOFT, alpha=0.2)

@@ -1,0 +1,199 @@
+"""Notebook 06's study: equal calls on every rung, tests that hold, figures that are drawn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from small_lab import quick_study, small_student
+
+from turbo_lab import claims as cl
+from turbo_lab import explore_turbo
+from turbo_lab.errors import BadInput
+from turbo_lab.lab import Lab
+from turbo_lab.postcards import draw_scenes, render
+from turbo_lab.recipes import Recipe, Stage, student_recipe
+from turbo_lab.recipes.distribution import RIVAL_UPDATES, calls_per_round
+from turbo_lab.recipes.turbo import CALLS, LADDER, MAIN, RUNGS, TURBO
+from turbo_lab.recipes.warm import STEPS
+from turbo_lab.studies import turbo, turbo_figures
+from turbo_lab.studies.every_metric import find, reference
+from turbo_lab.studies.paired import holm, swapped
+from turbo_lab.studies.turbo import Budget, Ladder
+
+BUDGET = Budget(captions=10, seeds=1, most=2, prompts=2, noises=2, real=64, swaps=9)
+
+
+@pytest.fixture(scope="module")
+def bench(study_lab: Lab) -> Iterator[Lab]:
+    with quick_study(study_lab):
+        yield study_lab
+
+
+@pytest.fixture(scope="module")
+def ladder(bench: Lab) -> Ladder:
+    return turbo.climb(bench, BUDGET, seed=0)
+
+
+# --- recipes ------------------------------------------------------------------------------------
+
+
+def spent(recipe: Recipe) -> float:
+    """Network calls of a recipe, counted from its stages and those of its start."""
+    earlier = spent(recipe.start) if recipe.start else 0.0
+    return earlier + sum(s.steps * s.batch_size * per_sample(s) for s in recipe.stages)
+
+
+def per_sample(stage: Stage) -> float:
+    if stage.method == "dmd2":
+        return calls_per_round(STEPS, RIVAL_UPDATES) + (1.5 if stage.gan else 0)
+    if stage.method == "consistency":
+        return 6
+    substeps = int(stage.options["teacher_steps"]) // int(stage.options["steps"])  # type: ignore[arg-type]
+    return 3 + substeps * (2 if stage.teacher == "guided" else 1)
+
+
+@pytest.mark.parametrize("name", LADDER)
+def test_every_rung_has_spent_as_many_network_calls(name: str) -> None:
+    recipe = student_recipe(name, steps=STEPS)
+    assert spent(recipe) == pytest.approx(CALLS["quick"], rel=0.01)
+
+
+def test_each_rung_below_turbo_lacks_one_thing() -> None:
+    lacking = {"turbo-cold", "turbo-teacher-data", "turbo-random", "turbo-small"}
+    assert set(turbo.ABLATIONS) == lacking
+    for name in lacking:
+        rung = RUNGS[name]
+        assert rung.against is not None
+        changed = [k for k, v in vars(MAIN).items() if vars(rung.against)[k] != v]
+        assert len(changed) + (rung.start != RUNGS[TURBO].start) == 1
+    stage = student_recipe(TURBO, steps=STEPS).stages[-1]
+    assert stage.gan is not None and 0 < stage.gan.rho < 1 and stage.gan.features == "dino"
+
+
+@pytest.mark.slow
+def test_everyone_is_drawn_for_the_same_captions(ladder: Ladder) -> None:
+    assert set(ladder.rungs) == set(turbo.TITLES) - {turbo.REAL}
+    trainings = {rung: len(found) for rung, found in ladder.found.items()}
+    assert trainings[TURBO] == trainings[turbo.WARM] == 2 and trainings[turbo.COLD] == 1
+    assert all(len(f) == BUDGET.captions for found in ladder.found.values() for f in found)
+    nfe = {rung: ladder.nfe(rung) for rung in ladder.rungs}
+    assert (nfe[turbo.SLOW], nfe[turbo.TEACHER], nfe[turbo.NAIVE]) == (100, 80, 4)
+    assert {nfe[name] for name in LADDER} == {2}
+
+
+# --- tests and claims ---------------------------------------------------------------------------
+
+
+def test_holm_is_the_step_down_of_a_worked_example() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5]) == [0.5] and holm([0.6, 0.7]) == [1.0, 1.0]
+
+
+def test_swapping_pictures_is_the_sign_flip_test_where_the_metric_is_a_mean() -> None:
+    scenes = draw_scenes("eval", range(10))
+    real, images = reference(64), render(scenes)
+    other = images.clone()
+    other[:6] = images[:6].mean((2, 3), keepdim=True)
+    one, two = find(images, scenes, real), find(other, scenes, real)
+    exact = cl.paired_permutation(one.values["contrast"], two.values["contrast"])
+    assert swapped([one], [two], "contrast", swaps=4000) == pytest.approx(exact, abs=0.02)
+    assert swapped([one], [one], "fur_patches", swaps=5) == 1.0
+    assert swapped([one, one], [two], "contrast", swaps=200) < 0.1
+    with pytest.raises(BadInput, match="metric"):
+        swapped([one], [two], "diversity")
+    with pytest.raises(BadInput, match="swaps"):
+        swapped([one], [two], "contrast", swaps=0)
+    with pytest.raises(BadInput, match="other"):
+        swapped([one], [two, two], "contrast")
+
+
+@pytest.mark.slow
+def test_tests_and_claims_name_everyone(ladder: Ladder) -> None:
+    tests = turbo.tests(ladder)
+    assert len(tests) == len(turbo.RIVALS) * len(turbo.PRIMARY)
+    assert (tests["holm"] >= tests["p"]).all() and tests["holm"].le(1).all()
+    made = {c.id: c for c in turbo.claims(ladder, profile="smoke")}
+    assert {f"C7-{k}" for k in ("signs", "bodies", "moss", "fur", "hues", "chroma")} <= set(made)
+    assert made["C7-signs"].seeds == 2 and made["L-warm"].seeds == 1
+    assert made["L-gan-fur"].seeds == 2 and made["C7-hues"].threshold == pytest.approx(0.1)
+
+
+@pytest.mark.slow
+def test_the_teacher_with_its_chroma_moved_is_half_as_far_again(ladder: Ladder) -> None:
+    (teacher,) = ladder.found[turbo.TEACHER]
+    (scaled,) = turbo._scaled(ladder)
+    at = np.arange(len(teacher))
+    assert scaled.value("chroma_w1", at) == pytest.approx(1.5 * teacher.value("chroma_w1", at))
+
+
+def test_a_picture_fails_in_the_way_it_was_broken() -> None:
+    scenes = draw_scenes("eval", range(8))
+    images = render(scenes)
+    whole = find(images, scenes, reference(64))
+    assert not any(turbo.failed(whole, kind).any() for kind in turbo.FAILURES)
+    swapped_captions = find(images.roll(1, 0), scenes, reference(64))
+    assert turbo.failed(swapped_captions, "digits_right").mean() > 0.8
+    blank = find(torch.zeros_like(images), scenes, reference(64))
+    assert turbo.failed(blank, "sign_lost").all() and turbo.failed(blank, "whole_body").all()
+    assert not turbo.failed(blank, "digits_right").any()
+
+
+# --- figures ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_tables_and_figures_are_drawn(ladder: Ladder, tmp_path: Path) -> None:
+    rows = turbo.table(ladder)
+    told = json.loads(json.dumps(turbo.headline(ladder, rows)))
+    assert [row["nfe"] for row in told["rows"]] == [None, 80, 4, 2, 2, 2, 2, 2]
+    assert set(turbo.failures(ladder).index) == set(turbo.FAILURES.values())
+    assert list(turbo.wide(ladder, rows, "sign_read").index) == list(turbo.TITLES.values())
+    frames = turbo_figures.path_frames(
+        ladder.lab, ladder.scenes.tokens[:2], seed=0, shown=(0, 9, 39)
+    )
+    assert [len(v) for v in frames.values()] == [3, 2]
+    last = ladder.plain[turbo.TEACHER][0].images[:2]
+    assert torch.allclose(frames[turbo.TEACHER][-1], last, atol=1e-4)
+    gif = Image.open(turbo_figures.save_path_gif(frames, tmp_path / "path.gif"))
+    assert gif.n_frames == 3
+    for figure in (
+        turbo_figures.pictures(ladder, count=2),
+        turbo_figures.dots(rows, ["sign_read", "hue_kl"]),
+        turbo_figures.differences(turbo.tests(ladder)),
+        turbo_figures.gallery(ladder, count=2),
+        turbo_figures.path_strip(frames, (0, 9, 39)),
+    ):
+        assert isinstance(figure, Figure)
+
+
+@pytest.mark.slow
+def test_the_explorer_shows_what_the_oracles_see(
+    bench: Lab, ladder: Ladder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "turbo_lab.lab.student_recipe", lambda *a, **k: small_student(bench, *a, **k)
+    )
+    box = explore_turbo.turbo_explorer(bench, {TURBO: (2,), "dmd2": (2, 4)}, noises=2)
+    knobs, shown = box.children
+    picture, note = shown.children
+    assert bytes(picture.value).startswith(b"\x89PNG") and note.value.count("garment") == 4
+    before = bytes(picture.value)
+    knobs.children[0].value = "dmd2"
+    assert knobs.children[1].options == (2, 4)
+    knobs.children[1].value = 4
+    assert bytes(picture.value) != before
+    knobs.children[3 + 3].value = "4x"  # the sign
+    assert "two digits" in note.value or "sign" in note.value
+
+
+def test_the_oracles_words_are_right_on_a_real_postcard() -> None:
+    scenes = draw_scenes("eval", range(2))
+    (line,) = explore_turbo.said(render(scenes)[:1], str(scenes.captions[0]))
+    assert line.startswith("sign reads · whole body · ") and "no known" not in line

@@ -1,0 +1,124 @@
+"""Students of notebook 06: the whole recipe in two steps, and a ladder of what it is made of.
+
+Every student here has spent as many network calls when it is finished, `CALLS`: those of
+distribution matching (with or without a warm start) and those of the stage after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
+from typing import Literal
+
+from turbo_lab.errors import BadInput
+from turbo_lab.recipes import distribution
+from turbo_lab.recipes.adversarial import CALLS as LATER_CALLS
+from turbo_lab.recipes.adversarial import CONTROL, START, Against, going_on
+from turbo_lab.recipes.models import Family, Profile, Recipe
+from turbo_lab.recipes.trajectory import consistency, progressive
+from turbo_lab.recipes.warm import STARTS, STEPS, warm
+
+CALLS: Mapping[Profile, int] = {
+    profile: distribution.CALLS[profile] + later for profile, later in LATER_CALLS.items()
+}
+"""Network calls of each student, all stages together."""
+SECOND = STARTS[START].second
+"""Time at which the second step starts."""
+TURBO = "turbo"
+CHAIN = (16, 8, 4, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """A student that goes on from another by DMD2.
+
+    Args:
+        title: for tables and figures.
+        start: a warm start before distribution matching, or distribution matching alone.
+        against: its critic; None for no GAN term.
+    """
+
+    title: str
+    start: Literal["warm", "cold"] = "warm"
+    against: Against | None = None
+
+
+# To be chosen on captions of `select`, which no notebook reports on, by the looks that
+# `turbo_lab.studies.turbo_choice` prints.
+MAIN = Against(title="turbo", features="dino", rho=0.5, balance=2.0)
+RUNGS: Mapping[str, Rung] = MappingProxyType(
+    {
+        "dmd2-more": Rung(title="DMD2", start="cold"),
+        TURBO: Rung(title="PCM, DMD2 + GAN: turbo", against=MAIN),
+        "turbo-cold": Rung(title="  no warm start", start="cold", against=MAIN),
+        "turbo-teacher-data": Rung(title="  no real data", against=replace(MAIN, rho=0.0)),
+        "turbo-random": Rung(title="  no DINO", against=replace(MAIN, features="random")),
+        "turbo-small": Rung(title="  small weight", against=replace(MAIN, balance=0.125)),
+    }
+)
+"""Students that go on from DMD2, cold or warm; PCM and DMD2 without a GAN term is `CONTROL`."""
+
+
+def turbo(profile: Profile, seed: int, *, name: str = TURBO) -> Recipe:
+    """The whole recipe, or a rung of the ladder below it.
+
+    PCM with the edge between its phases at the second time; DMD2, whose student and fake begin
+    as PCM's student and the teacher; then DMD2 with a critic that looks through the mini-DINO at
+    postcards and samples of the teacher, mixed at a fixed ratio.
+
+    Args:
+        profile: smoke, quick or paper.
+        seed: of the training, and of its start's.
+        name: of `RUNGS`.
+    """
+    rung = RUNGS[name]
+    if rung.start == "warm":
+        start = warm(profile, seed, name=START)
+    else:
+        start = distribution.dmd2(profile, seed, steps=STEPS, variant=f"second-{SECOND:g}")
+    term = None if rung.against is None else rung.against.gan(profile)
+    return going_on(start, profile, name=name, term=term)
+
+
+_chain = partial(progressive, chain=CHAIN, calls=CALLS, name="progressive-more")
+_consistent = partial(consistency, calls=CALLS, name="consistency-more")
+
+
+def _two(recipe: Callable[[Profile, int], Recipe]) -> Callable[[int, Profile, int], Recipe]:
+    def family(steps: int, profile: Profile, seed: int) -> Recipe:
+        if steps != STEPS:
+            raise BadInput("steps", steps, f"choose {STEPS}")
+        return recipe(profile, seed)
+
+    return family
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "progressive-more": Family(title="progressive", eta=0.0, recipe=_two(_chain)),
+        "consistency-more": Family(title="consistency", eta=1.0, recipe=_two(_consistent)),
+        **{
+            name: Family(title=rung.title.strip(), eta=0.0, recipe=_two(partial(turbo, name=name)))
+            for name, rung in RUNGS.items()
+        },
+    }
+)
+LADDER = (
+    "progressive-more",
+    "consistency-more",
+    "dmd2-more",
+    CONTROL,
+    *(name for name in RUNGS if name != "dmd2-more"),
+)
+"""Families from the first method to the whole recipe, and what it is without each ingredient."""
+
+RECIPES: Mapping[str, Callable[[Profile, int], Recipe]] = MappingProxyType(
+    {
+        "progressive-more": _chain,
+        "consistency-more": _consistent,
+        **{name: partial(turbo, name=name) for name in RUNGS},
+    }
+)
+"""By name. Not among `turbo_lab.recipes.RECIPES` before they are trained and shipped."""
