@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from turbo_lab.recipes import Recipe, Stage, student_recipe
 from turbo_lab.recipes.distribution import RIVAL_UPDATES, calls_per_round
 from turbo_lab.recipes.turbo import CALLS, LADDER, MAIN, RUNGS, TURBO
 from turbo_lab.recipes.warm import STEPS
+from turbo_lab.store import Store
 from turbo_lab.studies import turbo, turbo_figures
 from turbo_lab.studies.every_metric import find, reference
 from turbo_lab.studies.paired import holm, swapped
@@ -32,8 +34,10 @@ BUDGET = Budget(captions=10, seeds=1, most=2, prompts=2, noises=2, real=64, swap
 
 @pytest.fixture(scope="module")
 def bench(study_lab: Lab) -> Iterator[Lab]:
+    """With the shipped artefacts behind it: the critic of turbo looks through the mini-DINO."""
+    store = Store(cache=study_lab.store.cache, shipped=Store.default().shipped)
     with quick_study(study_lab):
-        yield study_lab
+        yield replace(study_lab, store=store)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +81,6 @@ def test_each_rung_below_turbo_lacks_one_thing() -> None:
     assert stage.gan is not None and 0 < stage.gan.rho < 1 and stage.gan.features == "dino"
 
 
-@pytest.mark.slow
 def test_everyone_is_drawn_for_the_same_captions(ladder: Ladder) -> None:
     assert set(ladder.rungs) == set(turbo.TITLES) - {turbo.REAL}
     trainings = {rung: len(found) for rung, found in ladder.found.items()}
@@ -114,7 +117,6 @@ def test_swapping_pictures_is_the_sign_flip_test_where_the_metric_is_a_mean() ->
         swapped([one], [two, two], "contrast")
 
 
-@pytest.mark.slow
 def test_tests_and_claims_name_everyone(ladder: Ladder) -> None:
     tests = turbo.tests(ladder)
     assert len(tests) == len(turbo.RIVALS) * len(turbo.PRIMARY)
@@ -125,7 +127,6 @@ def test_tests_and_claims_name_everyone(ladder: Ladder) -> None:
     assert made["L-gan-fur"].seeds == 2 and made["C7-hues"].threshold == pytest.approx(0.1)
 
 
-@pytest.mark.slow
 def test_the_teacher_with_its_chroma_moved_is_half_as_far_again(ladder: Ladder) -> None:
     (teacher,) = ladder.found[turbo.TEACHER]
     (scaled,) = turbo._scaled(ladder)
@@ -148,7 +149,6 @@ def test_a_picture_fails_in_the_way_it_was_broken() -> None:
 # --- figures ------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_tables_and_figures_are_drawn(ladder: Ladder, tmp_path: Path) -> None:
     rows = turbo.table(ladder)
     told = json.loads(json.dumps(turbo.headline(ladder, rows)))
@@ -161,8 +161,8 @@ def test_tables_and_figures_are_drawn(ladder: Ladder, tmp_path: Path) -> None:
     assert [len(v) for v in frames.values()] == [3, 2]
     last = ladder.plain[turbo.TEACHER][0].images[:2]
     assert torch.allclose(frames[turbo.TEACHER][-1], last, atol=1e-4)
-    gif = Image.open(turbo_figures.save_path_gif(frames, tmp_path / "path.gif"))
-    assert gif.n_frames == 3
+    with Image.open(turbo_figures.save_path_gif(frames, tmp_path / "path.gif")) as gif:
+        assert getattr(gif, "n_frames", 0) == 3
     for figure in (
         turbo_figures.pictures(ladder, count=2),
         turbo_figures.dots(rows, ["sign_read", "hue_kl"]),
@@ -173,7 +173,6 @@ def test_tables_and_figures_are_drawn(ladder: Ladder, tmp_path: Path) -> None:
         assert isinstance(figure, Figure)
 
 
-@pytest.mark.slow
 def test_the_explorer_shows_what_the_oracles_see(
     bench: Lab, ladder: Ladder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from turbo_lab.explore import caption_boxes
 from turbo_lab.figures import contact_sheet
 from turbo_lab.lab import TEACHER_GUIDANCE, TEACHER_STEPS, Lab, checked_sampling
 from turbo_lab.postcards import HUE_MODES, Caption, caption_tokens
+from turbo_lab.postcards.captions import parse
 from turbo_lab.recipes import FAMILIES
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def said(images: Tensor, caption: str) -> list[str]:
         BadInput: a caption outside the grammar.
     """
     seen = measure.read(images)
-    report = measure.report(images, caption_tokens([caption]).expand(len(images), -1), seen)
+    fields = torch.tensor([parse(caption).fields]).expand(len(images), -1)
+    report = measure.report(images, fields, seen)
     hues = [*HUE_MODES, "no known"]
     out = []
     for k in range(len(images)):
