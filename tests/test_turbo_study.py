@@ -15,7 +15,7 @@ from PIL import Image
 from small_lab import quick_study, small_student
 
 from turbo_lab import claims as cl
-from turbo_lab import explore_turbo
+from turbo_lab import explore_turbo, readme
 from turbo_lab.errors import BadInput
 from turbo_lab.lab import Lab
 from turbo_lab.postcards import draw_scenes, render
@@ -24,12 +24,12 @@ from turbo_lab.recipes.distribution import RIVAL_UPDATES, calls_per_round
 from turbo_lab.recipes.turbo import CALLS, LADDER, MAIN, RUNGS, TURBO
 from turbo_lab.recipes.warm import STEPS
 from turbo_lab.store import Store
-from turbo_lab.studies import turbo, turbo_figures
+from turbo_lab.studies import gathered, turbo, turbo_claims, turbo_figures
 from turbo_lab.studies.every_metric import find, reference
 from turbo_lab.studies.paired import holm, swapped
 from turbo_lab.studies.turbo import Budget, Ladder
 
-BUDGET = Budget(captions=10, seeds=1, most=2, prompts=2, noises=2, real=64, swaps=9)
+BUDGET = Budget(captions=32, seeds=1, most=2, prompts=2, noises=2, real=64, swaps=9)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_tests_and_claims_name_everyone(ladder: Ladder) -> None:
     tests = turbo.tests(ladder)
     assert len(tests) == len(turbo.RIVALS) * len(turbo.PRIMARY)
     assert (tests["holm"] >= tests["p"]).all() and tests["holm"].le(1).all()
-    made = {c.id: c for c in turbo.claims(ladder, profile="smoke")}
+    made = {c.id: c for c in turbo_claims.claims(ladder, profile="smoke")}
     assert {f"C7-{k}" for k in ("signs", "bodies", "moss", "fur", "hues", "chroma")} <= set(made)
     assert made["C7-signs"].seeds == 2 and made["L-warm"].seeds == 1
     assert made["L-gan-fur"].seeds == 2 and made["C7-hues"].threshold == pytest.approx(0.1)
@@ -129,7 +129,7 @@ def test_tests_and_claims_name_everyone(ladder: Ladder) -> None:
 
 def test_the_teacher_with_its_chroma_moved_is_half_as_far_again(ladder: Ladder) -> None:
     (teacher,) = ladder.found[turbo.TEACHER]
-    (scaled,) = turbo._scaled(ladder)
+    (scaled,) = turbo_claims._scaled(ladder)
     at = np.arange(len(teacher))
     assert scaled.value("chroma_w1", at) == pytest.approx(1.5 * teacher.value("chroma_w1", at))
 
@@ -151,8 +151,10 @@ def test_a_picture_fails_in_the_way_it_was_broken() -> None:
 
 def test_tables_and_figures_are_drawn(ladder: Ladder, tmp_path: Path) -> None:
     rows = turbo.table(ladder)
-    told = json.loads(json.dumps(turbo.headline(ladder, rows)))
+    told = json.loads(turbo.save_headline(ladder, rows, tmp_path).read_text())
     assert [row["nfe"] for row in told["rows"]] == [None, 80, 4, 2, 2, 2, 2, 2]
+    shown = readme.rendered(readme.Headline.model_validate(told))
+    assert shown.count("\n| ") == 1 + 8 and "ladder.png" in shown
     assert set(turbo.failures(ladder).index) == set(turbo.FAILURES.values())
     assert list(turbo.wide(ladder, rows, "sign_read").index) == list(turbo.TITLES.values())
     frames = turbo_figures.path_frames(
@@ -196,3 +198,14 @@ def test_the_oracles_words_are_right_on_a_real_postcard() -> None:
     scenes = draw_scenes("eval", range(2))
     (line,) = explore_turbo.said(render(scenes)[:1], str(scenes.captions[0]))
     assert line.startswith("sign reads · whole body · ") and "no known" not in line
+
+
+def test_claims_of_all_notebooks_are_counted_by_part(tmp_path: Path, ladder: Ladder) -> None:
+    cl.save(turbo_claims.claims(ladder, profile="smoke"), tmp_path / "06_two_step_turbo")
+    (tmp_path / "07_broken").mkdir()
+    (tmp_path / "07_broken" / "claims.json").write_text("[{")
+    found = gathered.claims_of(tmp_path)
+    counted = gathered.table(found)
+    verdicts = list(gathered.VERDICTS)
+    assert counted.loc["C7", verdicts].sum() == sum(c["id"].startswith("C7") for c in found) == 6
+    assert counted.loc["C1", verdicts].sum() == 0 and counted.loc["C7", "notebook"] == "06"

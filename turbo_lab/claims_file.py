@@ -29,7 +29,7 @@ def claim_problem(path: Path) -> str:
     if not path.exists():
         return ""
     try:
-        claims = _load(path)
+        claims = read_claims(path)
     except ValueError as error:
         return f"{shown(path)} is not JSON ({error})"
     if not isinstance(claims, list):
@@ -50,13 +50,14 @@ def gather(figures: Path) -> Path | None:
     paths = sorted(figures.glob("*/claims.json"))
     if not paths:
         return None
-    claims = [claim for path in paths if not claim_problem(path) for claim in _load(path)]
+    claims = [claim for path in paths if not claim_problem(path) for claim in read_claims(path)]
     target = figures / "claims.json"
     atomic_write_text(target, json.dumps(claims, indent=1, ensure_ascii=False) + "\n")
     return target
 
 
-def _load(path: Path) -> Any:
+def read_claims(path: Path) -> Any:
+    """The JSON of a file of claims; ValueError if it is none, or has a number that JSON lacks."""
     return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
 
 

@@ -61,6 +61,12 @@ class Gan05(NotebookParams):
     captions: Annotated[int, Field(ge=0, le=100_000)] = 0
 
 
+class Turbo06(NotebookParams):
+    """Parameters of ``06_two_...``; ``captions=0`` means as many as the profile says."""
+
+    captions: Annotated[int, Field(ge=0, le=100_000)] = 0
+
+
 class Factory07(NotebookParams):
     """Parameters of ``07_factory``; without ``model`` and ``lora`` a tiny pipeline is built."""
 
@@ -76,6 +82,7 @@ NOTEBOOKS: dict[str, type[NotebookParams]] = {
     "03_dmd2_and_mode_collapse": Dmd03,
     "04_pcm_warm_start": Warm04,
     "05_gan_texture": Gan05,
+    "06_two_step_turbo": Turbo06,
     "07_factory": Factory07,
 }
 

@@ -36,10 +36,10 @@ class Column(_Part):
 
 
 class Row(_Part):
-    """One sampler: network forwards per picture, and metrics as value, low, high."""
+    """One sampler: network forwards per picture, if it has any; metrics as value, low, high."""
 
     title: str
-    nfe: Annotated[Finite, Field(gt=0)]
+    nfe: Annotated[Finite, Field(gt=0)] | None
     values: dict[str, tuple[Finite, Finite, Finite]]
 
 
@@ -77,7 +77,13 @@ def rendered(shown: Headline | None) -> str:
     heads = ("", "NFE", *(column.title for column in shown.columns))
     lines = [_line(heads), "|---|" + "---:|" * (len(heads) - 1)]
     lines += [
-        _line((row.title, f"{row.nfe:g}", *(_cell(row, column) for column in shown.columns)))
+        _line(
+            (
+                row.title,
+                "" if row.nfe is None else f"{row.nfe:g}",
+                *(_cell(row, column) for column in shown.columns),
+            )
+        )
         for row in shown.rows
     ]
     blocks = ["\n".join(lines), shown.note]
@@ -130,6 +136,10 @@ def _split(text: str) -> tuple[str, str, str]:
 
 def _line(cells: tuple[str, ...]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _nfe(row: Row) -> str:
+    return "" if row.nfe is None else f"{row.nfe:g}"
 
 
 def _cell(row: Row, column: Column) -> str:

@@ -45,9 +45,9 @@ class Rung:
     against: Against | None = None
 
 
-# To be chosen on captions of `select`, which no notebook reports on, by the looks that
-# `turbo_lab.studies.turbo_choice` prints.
-MAIN = Against(title="turbo", features="dino", rho=0.5, balance=2.0)
+# Chosen on captions of `select`, which no notebook reports on, by the looks that
+# `turbo_lab.studies.turbo_choice` prints; LOG.md has them.
+MAIN = Against(title="turbo", features="dino", rho=0.5, balance=0.5)
 RUNGS: Mapping[str, Rung] = MappingProxyType(
     {
         "dmd2-more": Rung(title="DMD2", start="cold"),

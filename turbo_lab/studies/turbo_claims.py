@@ -1,0 +1,99 @@
+"""The claims of notebook 06: the turbo student's quality, and what each ingredient brings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from turbo_lab.claims import Claim, Interval, Side
+from turbo_lab.recipes.turbo import TURBO
+from turbo_lab.studies.distribution import SOURCE
+from turbo_lab.studies.every_metric import METRICS, Found, difference, interval
+from turbo_lab.studies.matching import claim_row
+from turbo_lab.studies.turbo import COLD, NOTEBOOK, TEACHER, TITLES, WARM, Ladder, pairs
+
+
+def claims(ladder: Ladder, *, profile: str) -> list[Claim]:
+    """C7's quality, and what each ingredient brings, paired by training, caption and noise."""
+    common: dict[str, Any] = {
+        "notebook": NOTEBOOK,
+        "source": SOURCE,
+        "samples": ladder.budget.captions,
+        "profile": profile,
+        "artefact_keys": ladder.keys,
+    }
+    return [
+        Claim(**one, **common, seeds=len(pairs(ladder, TURBO, rival)[0]))
+        for rival, one in (*_quality(ladder), *_ingredients(ladder))
+    ]
+
+
+def _gap(ladder: Ladder, metric: str, rival: str) -> Interval:
+    return difference(*pairs(ladder, TURBO, rival), metric)
+
+
+def _quality(ladder: Ladder) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Is a student of 2 NFE near its teacher of 80?"""
+    rows: tuple[tuple[str, str, str, Side, float], ...] = (
+        ("C7-signs", "sign_read", "reads as many signs as its teacher, within 3 points",
+         "above", -0.03),
+        ("C7-bodies", "whole_body", "has as many whole bodies as its teacher, within 5 points",
+         "above", -0.05),
+        ("C7-moss", "moss_patches", "is as near to real moss as its teacher, or nearer",
+         "below", 0.0),
+        ("C7-fur", "fur_patches", "is as near to real fur as its teacher, or nearer",
+         "below", 0.0),
+    )  # fmt: skip
+    for id_, metric, statement, side, threshold in rows:
+        title = f"{METRICS[metric].title}, minus those of the teacher at 40 steps"
+        gap = _gap(ladder, metric, TEACHER)
+        yield (
+            TEACHER,
+            claim_row(id_, f"the 2-step student {statement}", title, gap, side, threshold),
+        )
+    for id_, metric, threshold in (("C7-hues", "hue_kl", 0.10), ("C7-chroma", "chroma_w1", 0.0)):
+        found = ladder.found[TURBO]
+        if metric == "hue_kl":
+            value, title = interval(found, metric), "hue KL to truth, nats"
+            said = "the 2-step student keeps the hues that the caption leaves open"
+        else:
+            value = difference(found, _scaled(ladder), metric)
+            title = "chroma W1 to real, minus 1.5 times the teacher's"
+            said = "the 2-step student's colours are at most 1.5 times as far as its teacher's"
+        yield TEACHER, claim_row(id_, said, title, value, "below", threshold)
+
+
+def _scaled(ladder: Ladder) -> list[Found]:
+    """The teacher, with distances of its chroma to real half as large again."""
+    (teacher,) = ladder.found[TEACHER]
+    real = teacher.real.cdf
+    return [replace(teacher, cdf=real + 1.5 * (teacher.cdf - real))]
+
+
+_INGREDIENTS: tuple[tuple[str, str, str, Side, str], ...] = (
+    ("L-progressive", "progressive-more", "sign_read", "above", "reads more signs than progressive "
+     "distillation"),
+    ("L-consistency", "consistency-more", "sign_read", "above", "reads more signs than consistency "
+     "distillation"),
+    ("L-dmd2-bodies", COLD, "whole_body", "above", "has more whole bodies than DMD2 alone"),
+    ("L-dmd2-fur", COLD, "fur_patches", "below", "is nearer to real fur than DMD2 alone"),
+    ("L-gan-fur", WARM, "fur_patches", "below", "is nearer to real fur than without its GAN term"),
+    ("L-gan-chroma", WARM, "chroma_w1", "below", "has truer colours than without its GAN term"),
+    ("L-warm", "turbo-cold", "whole_body", "above", "has more whole bodies than without a warm "
+     "start"),
+    ("L-data", "turbo-teacher-data", "fur_patches", "below", "is nearer to real fur than without "
+     "real data"),
+    ("L-dino", "turbo-random", "fur_patches", "below", "is nearer to real fur than with random "
+     "features"),
+    ("L-weight", "turbo-small", "fur_patches", "below", "is nearer to real fur than with a small "
+     "weight"),
+)  # fmt: skip
+"""What each ingredient should bring: id, rival, metric, side, statement."""
+
+
+def _ingredients(ladder: Ladder) -> Iterator[tuple[str, dict[str, Any]]]:
+    for id_, rival, metric, side, said in _INGREDIENTS:
+        title = f"{METRICS[metric].title}, minus those of {TITLES[rival].strip()}"
+        statement = f"the 2-step student {said}"
+        yield rival, claim_row(id_, statement, title, _gap(ladder, metric, rival), side, 0.0)
