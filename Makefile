@@ -17,7 +17,7 @@ unexport MPLBACKEND
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help figures test check format lab bars notebooks doctor constraints clean
+.PHONY: help figures test check format lab bars notebooks reproduce doctor constraints clean
 
 help:
 	@echo "make figures      run the notebooks, write figures/ and executed copies in runs/"
@@ -28,6 +28,8 @@ help:
 	@echo "make lab          JupyterLab on notebooks/"
 	@echo "make bars         recompute every acceptance figure from the shipped artefacts; ONLY=name"
 	@echo "make notebooks    run notebooks/ at quick and store them with fresh outputs; ONLY=01"
+	@echo "make reproduce    train everything again from nothing (hours), and compare the claims"
+	@echo "                  PROFILE=quick|paper  ONLY=01  JOBS=2"
 	@echo "make doctor       what this machine has, and what will be slow on it"
 	@echo "make format       let ruff fix and format the code"
 	@echo "make constraints  write the versions of .venv to constraints.txt"
@@ -59,6 +61,9 @@ bars: $(READY)
 
 notebooks: $(READY)
 	@$(TURBO_LAB) refresh $(CHOICE)
+
+reproduce: $(READY)
+	@$(TURBO_LAB) reproduce --profile $(PROFILE) $(CHOICE)
 
 doctor: $(READY)
 	@$(TURBO_LAB) doctor

@@ -240,6 +240,23 @@ def readme() -> None:
     typer.echo("README.md is written." if write() else "README.md was up to date.")
 
 
+@app.command()
+def reproduce(
+    profile: Annotated[str, typer.Option(help="quick or paper.")] = "quick",
+    only: OnlyOption = None,
+    jobs: JobsOption = 0,
+    device: DeviceOption = "auto",
+) -> None:
+    """Train everything from nothing, run the notebooks on it, and say which claims changed."""
+    from turbo_lab import reproduce as again
+
+    hours = again.core_hours()
+    typer.echo(f"What is shipped took {hours:.1f} hours of one core; a killed run goes on.")
+    outcomes, found = again.reproduce(profile=profile, only=only or [], jobs=jobs, device=device)
+    typer.echo(again.report(found))
+    _conclude(outcomes)
+
+
 @bench_app.command("train")
 def bench_train(
     only: Annotated[str, typer.Option(help="Beginning of methods' names; all if not given.")] = "",

@@ -66,6 +66,8 @@ __all__ = [
 ]
 
 CACHE_VARIABLE = "TURBO_LAB_CACHE"
+SHIPPED_VARIABLE = "TURBO_LAB_SHIPPED"
+"""``none`` leaves the shipped artefacts out: everything is then trained."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}/[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _ENTRY = re.compile(r"(.+)-([0-9a-f]{12})")
 _STEP = re.compile(r"step-(\d{7,})")
@@ -126,11 +128,20 @@ class Store:
 
     @staticmethod
     def default() -> Store:
-        """Return the store of this user: ``TURBO_LAB_CACHE`` or the platform's cache folder."""
+        """Return the store of this user: ``TURBO_LAB_CACHE`` or the platform's cache folder.
+
+        Raises:
+            BadInput: ``TURBO_LAB_SHIPPED`` is set to something else than ``none``.
+        """
+        left_out = os.environ.get(SHIPPED_VARIABLE, "")
+        if left_out not in ("", "none"):
+            raise BadInput(SHIPPED_VARIABLE, left_out, "set it to none, or leave it unset")
         chosen = os.environ.get(CACHE_VARIABLE)
         cache = chosen or platformdirs.user_cache_dir("turbo-lab", appauthor=False)
         shipped = Path(str(resources.files("turbo_lab") / "artifacts"))
-        return Store(cache=Path(cache).expanduser().absolute(), shipped=(shipped,))
+        return Store(
+            cache=Path(cache).expanduser().absolute(), shipped=() if left_out else (shipped,)
+        )
 
     def find(self, name: str, spec: Mapping[str, Any]) -> Artefact | None:
         """Return the verified artefact of a spec, from the cache or shipped, or None.

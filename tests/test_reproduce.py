@@ -1,0 +1,88 @@
+"""Everything from nothing: the store that a run is given, and what it says of claims."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from turbo_lab import places, reproduce, runner
+from turbo_lab.errors import BadInput
+from turbo_lab.run_one import Outcome
+from turbo_lab.store import Store
+
+
+def claim(id_: str, verdict: str, notebook: str = "01_teacher") -> dict[str, Any]:
+    return {
+        **{"id": id_, "notebook": notebook, "verdict": verdict},
+        **{"value": 0.5, "low": 0.25, "high": 0.75},
+    }
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout whose notebooks leave a file in their store, and the claims they are told to."""
+    (tmp_path / "figures").mkdir()
+    before = [claim("T1", "holds"), claim("T2", "holds"), claim("B1", "holds", "02_blur")]
+    (tmp_path / "figures" / "claims.json").write_text(json.dumps(before))
+    monkeypatch.setattr(places, "root", lambda: tmp_path)
+    return tmp_path
+
+
+def notebooks(found: list[Store], problem: str = "") -> Any:
+    def run(*, parameters: dict[str, Any], **_: Any) -> list[Outcome]:
+        store = Store.default()
+        found.append(store)
+        (store.cache / "trained").mkdir(parents=True, exist_ok=True)
+        out = Path(parameters["out_dir"])
+        out.mkdir(parents=True, exist_ok=True)
+        after = [claim("T1", "inconclusive"), claim("T2", "holds"), claim("T3", "holds")]
+        (out / "claims.json").write_text(json.dumps(after))
+        return [Outcome(name="01_teacher", seconds=1, figures=1, copy=out, problem=problem)]
+
+    return run
+
+
+def test_nothing_shipped_is_behind_the_store_and_the_environment_is_put_back(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Store] = []
+    monkeypatch.setattr(runner, "run", notebooks(found))
+    usual = Store.default()
+    _, changed = reproduce.reproduce(only=["01"])
+    assert found[0].shipped == () and found[0].cache != usual.cache
+    assert found[0].cache.is_relative_to(checkout) and Store.default() == usual
+    assert [(c.id, c.same) for c in changed] == [("T1", False), ("T3", False), ("T2", True)]
+    said = reproduce.report(changed)
+    assert said.startswith("2 of 3 verdicts changed") and "not made -> holds" in said
+    assert "holds 0.5 [0.25, 0.75] -> inconclusive 0.5 [0.25, 0.75]" in said
+
+
+def test_a_run_that_broke_off_goes_on_and_one_that_ended_begins_again(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Store] = []
+    monkeypatch.setattr(runner, "run", notebooks(found, problem="killed"))
+    reproduce.reproduce()
+    (found[0].cache / "checkpoint").touch()
+    monkeypatch.setattr(runner, "run", notebooks(found))
+    reproduce.reproduce()
+    assert (found[1].cache / "checkpoint").exists()
+    reproduce.reproduce()
+    assert not (found[2].cache / "checkpoint").exists()
+
+
+def test_only_profiles_that_train_are_taken_and_the_variable_is_checked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(BadInput, match="profile"):
+        reproduce.reproduce(profile="smoke")
+    monkeypatch.setenv("TURBO_LAB_SHIPPED", "no")
+    with pytest.raises(BadInput, match="TURBO_LAB_SHIPPED"):
+        Store.default()
+
+
+def test_the_hours_are_those_of_the_cards() -> None:
+    assert 1 < reproduce.core_hours() < 1000

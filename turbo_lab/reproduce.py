@@ -1,0 +1,145 @@
+"""Train everything again from nothing, run all notebooks on it, and say which claims changed.
+
+Notebooks ask the store for what they need, and it trains what it has not got. So here they run
+with an empty store behind which nothing is shipped. A run that was killed goes on where its
+checkpoints end; one that has ended begins from nothing the next time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from turbo_lab import places, runner
+from turbo_lab.atomic import atomic_write_text
+from turbo_lab.errors import BadInput
+from turbo_lab.run_one import Outcome
+from turbo_lab.store import CACHE_VARIABLE, SHIPPED_VARIABLE, Store
+
+PROFILES = ("quick", "paper")
+CELL_SECONDS = 7 * 24 * 3600
+"""One cell may wait for all trainings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A claim before and after; None where it was not made."""
+
+    notebook: str
+    id: str
+    before: Mapping[str, Any] | None
+    after: Mapping[str, Any] | None
+
+    @property
+    def same(self) -> bool:
+        """Whether the verdict is what it was."""
+        return bool(self.before and self.after and self.before["verdict"] == self.after["verdict"])
+
+    def __str__(self) -> str:
+        mark = " " if self.same else "*"
+        return (
+            f"{mark} {self.notebook[:2]} {self.id:28s} {_said(self.before)} -> {_said(self.after)}"
+        )
+
+
+def reproduce(
+    *, profile: str = "quick", only: Sequence[str] = (), jobs: int = 0, device: str = "auto"
+) -> tuple[list[Outcome], list[Change]]:
+    """Retrain, rerun and compare.
+
+    Args:
+        profile: ``quick`` or ``paper``.
+        only: beginnings of notebooks' names; empty for all.
+        jobs: notebooks at a time, at least 1; 0 chooses.
+        device: of trainings and samples.
+
+    Returns:
+        How each notebook ended, and every claim of theirs beside the committed one.
+
+    Raises:
+        BadInput: another profile, or a name without a notebook.
+    """
+    if profile not in PROFILES:
+        raise BadInput("profile", profile, f"use {' or '.join(PROFILES)}: others train nothing new")
+    folder = places.run_dir("reproduce") / profile
+    ended = folder / "ended"
+    if ended.exists():
+        shutil.rmtree(folder)
+    figures = folder / "figures"
+    with _environment({CACHE_VARIABLE: str(folder / "store"), SHIPPED_VARIABLE: "none"}):
+        outcomes = runner.run(
+            profile=profile,
+            only=only,
+            jobs=jobs,
+            parameters={"device": device, "out_dir": str(figures)},
+            cell_seconds=CELL_SECONDS,
+        )
+    if all(not one.problem for one in outcomes):
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(ended, "")
+    names = {one.name for one in outcomes}
+    return outcomes, changes(_claims(places.root() / "figures"), _claims(figures), names)
+
+
+def changes(
+    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], notebooks: set[str]
+) -> list[Change]:
+    """Every claim of some notebooks, those whose verdict changed first.
+
+    Args:
+        before: claims as plain JSON.
+        after: the same, measured again.
+        notebooks: names of those that were run.
+    """
+    old, new = ({(c["notebook"], c["id"]): c for c in found} for found in (before, after))
+    keys = [key for key in {**old, **new} if key[0] in notebooks]
+    found = [
+        Change(notebook=key[0], id=key[1], before=old.get(key), after=new.get(key)) for key in keys
+    ]
+    return sorted(found, key=lambda one: one.same)
+
+
+def core_hours() -> float:
+    """Hours of one core that the shipped trainings took: the least that a run will take."""
+    entries = [entry for root in Store.default().shipped for entry in root.glob("*/*/card.json")]
+    return sum(json.loads(card.read_text())["seconds"] for card in entries) / 3600
+
+
+def report(found: Sequence[Change]) -> str:
+    """What a person reads: how many verdicts changed, then each claim before and after."""
+    changed = sum(not one.same for one in found)
+    head = f"{changed} of {len(found)} verdicts changed (*)"
+    return "\n".join([head, *map(str, found)])
+
+
+def _claims(figures: Path) -> list[Mapping[str, Any]]:
+    path = figures / "claims.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def _said(claim: Mapping[str, Any] | None) -> str:
+    if claim is None:
+        return "not made"
+    value, low, high = (f"{claim[k]:.3g}" for k in ("value", "low", "high"))
+    return f"{claim['verdict']} {value} [{low}, {high}]"
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Variables for the processes of the notebooks, and then what was there before."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
