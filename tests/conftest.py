@@ -43,6 +43,20 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def factory_world(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, two prompts and two images."""
+    from factory_world import write_world  # likewise
+
+    return write_world(tmp_path_factory.mktemp("factory"), tiny_model)
+
+
+@pytest.fixture(scope="session")
+def factory_caches(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store that the tests of the factory share, so that prompts are encoded once."""
+    return Store(cache=tmp_path_factory.mktemp("factory_cache"))
+
+
+@pytest.fixture(scope="session")
 def study_lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     """The bench of the studies, which share its teacher and its students."""
     from small_lab import small_lab  # likewise

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import tiny_qwen
 import torch
+from factory_world import SMALL, changed, history, job
 from torch import Tensor
 
-from turbo_lab import factory, factory_plan
-from turbo_lab.adapters import AdapterSize
+from turbo_lab import factory, factory_memory
 from turbo_lab.errors import BadInput, MissingPiece
-from turbo_lab.factory_plan import Job, check_memory, memory_plan
+from turbo_lab.factory_memory import check_memory, memory_plan
+from turbo_lab.factory_plan import Job
 from turbo_lab.fit import Record, fit
 from turbo_lab.recipes.models import Pairs, Rates
 from turbo_lab.recipes.qwen_image import (
@@ -27,49 +28,8 @@ from turbo_lab.recipes.qwen_image import (
     resolve_qwen,
     student_times,
 )
-from turbo_lab.store import Artefact, Store
+from turbo_lab.store import Store
 from turbo_lab.streams import Draw
-
-SMALL = AdapterSize(rank=4, alpha=4, targets=("to_q", "to_v", "img_mlp.net.2", "img_mod.1"))
-
-
-@pytest.fixture(scope="module")
-def world(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, two prompts and two images."""
-    folder = tmp_path_factory.mktemp("factory")
-    shutil.copytree(tiny_model, folder / "model")
-    tiny_qwen.write_prompts(folder / "prompts.txt", "a cat", "two dogs on the moss")
-    tiny_qwen.write_images(folder / "images", n=2)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def caches(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """A store that the tests share, so that prompts are encoded once."""
-    return Store(cache=tmp_path_factory.mktemp("cache"))
-
-
-def job(world: Path, recipe: str, **options: Any) -> Job:
-    return factory_plan.check(
-        **{
-            "recipe": recipe,
-            "model": str(world / "model"),
-            "prompts": world / "prompts.txt",
-            "size": 32,
-            "profile": "smoke",
-            "rank": 4,
-            **options,
-        }
-    )
-
-
-def changed(job: Job, **values: Any) -> Job:
-    return dataclasses.replace(job, recipe=job.recipe.model_copy(update=values))
-
-
-def history(artefact: Artefact) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in artefact.file("history.jsonl").read_text().splitlines()]
-
 
 # --- training -----------------------------------------------------------------------------------
 
@@ -78,31 +38,35 @@ def history(artefact: Artefact) -> list[dict[str, Any]]:
     "name",
     ["progressive", "consistency", "pcm-dmd2-2", "continuous", "direct-2", "dmd2-2"],
 )
-def test_every_method_trains_and_leaves_an_artefact(world: Path, caches: Store, name: str) -> None:
-    work = job(world, name)
-    artefact = factory.trained(work, store=caches)
+def test_every_method_trains_and_leaves_an_artefact(
+    factory_world: Path, factory_caches: Store, name: str
+) -> None:
+    work = job(factory_world, name)
+    artefact = factory.trained(work, store=factory_caches)
     lines = history(artefact)
     assert [line["stage"] for line in lines] == [k + 1 for k in range(len(work.recipe.stages))]
     for line in lines:
         assert all(torch.tensor(value).isfinite() for value in line["terms"].values())
         assert all(norm > 0 for norm in line["norms"].values())
     assert artefact.json("recipe.json")["recipe"] == json.loads(json.dumps(work.recipe.spec()))
-    assert artefact.card["model"] == str(world / "model")
+    assert artefact.card["model"] == str(factory_world / "model")
     weights = artefact.tensors()
     assert len(weights) == 2 * 2 * 14  # two halves, two blocks, Wuli's modules
     assert all("lora_A" in key or "lora_B" in key for key in weights)
     assert any(bool(v.any()) for key, v in weights.items() if "lora_B" in key)
-    assert factory.trained(work, store=caches).path == artefact.path
+    assert factory.trained(work, store=factory_caches).path == artefact.path
 
 
-def test_real_images_train_too(world: Path, caches: Store) -> None:
-    work = job(world, "consistency", images=world / "images")
+def test_real_images_train_too(factory_world: Path, factory_caches: Store) -> None:
+    work = job(factory_world, "consistency", images=factory_world / "images")
     assert work.recipe.source == "images" and work.recipe.pairs is None
-    artefact = factory.trained(work, store=caches)
-    assert artefact.key != factory.trained(job(world, "consistency"), store=caches).key
-    bench = factory._bench(work, caches)
+    artefact = factory.trained(work, store=factory_caches)
+    assert (
+        artefact.key != factory.trained(job(factory_world, "consistency"), store=factory_caches).key
+    )
+    bench = factory._bench(work, factory_caches)
     whole = bench.supply(0, Draw(seed=0, step=0, total=2))
-    latents = factory.encoded(work.bundle, work.images, size=32, store=caches, device="cpu")
+    latents = factory.encoded(work.bundle, work.images, size=32, store=factory_caches, device="cpu")
     for x, c in zip(whole.x, whole.c.tolist(), strict=True):
         assert torch.equal(x, latents[c])
 
@@ -118,21 +82,21 @@ def test_real_images_train_too(world: Path, caches: Store) -> None:
     ],
 )
 def test_two_prompts_are_learnt_by_heart(
-    world: Path, caches: Store, name: str, term: str, steps: int, share: float
+    factory_world: Path, factory_caches: Store, name: str, term: str, steps: int, share: float
 ) -> None:
     """On fixed draws, before and after; of DMD2, the loss of the fake is the one that means much.
 
     The base does not move, nor does any adapter that the method does not train. Continuous
     consistency is held at the beginning of its warm-up, where its goal does not move.
     """
-    work = job(world, name, keep_activations=True)
+    work = job(factory_world, name, keep_activations=True)
     (stage, *_) = work.recipe.stages
     slow = 1e-3 if name == "dmd2-2" else 1e-2  # the fake must keep up with the student
     rates = {who: Rates(lr=slow if who == "student" else 1e-2, final=0.1) for who in stage.rates}
     options = {**stage.options, **({"warmup": 10**9} if name == "continuous" else {})}
     stage = stage.model_copy(update={"rates": rates, "options": options})
     pairs = work.recipe.pairs and Pairs(n=2, steps=10)
-    bench = factory._bench(changed(work, stages=(stage,), pairs=pairs), caches)
+    bench = factory._bench(changed(work, stages=(stage,), pairs=pairs), factory_caches)
     objective = bench.objective(stage)
     turn = next(turn for turn in objective.turns() if turn.name != "student")
 
@@ -166,10 +130,10 @@ def test_two_prompts_are_learnt_by_heart(
 
 @pytest.mark.parametrize(("name", "killed_at"), [("progressive", 5), ("dmd2-2", 3)])
 def test_a_killed_training_ends_as_one_that_was_not(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, killed_at: int
+    factory_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, killed_at: int
 ) -> None:
     """In the second of two stages, and between a fake's turn and the next one of the student."""
-    work = changed(job(world, name), adapter=SMALL)
+    work = changed(job(factory_world, name), adapter=SMALL)
     straight = factory.trained(work, store=Store(cache=tmp_path / "a"))
     seen: list[int] = []
 
@@ -192,9 +156,11 @@ def test_a_killed_training_ends_as_one_that_was_not(
     assert [line["step"] for line in history(resumed)] == [s.steps for s in work.recipe.stages]
 
 
-def test_checkpoints_hold_adapters_and_optimisers_only(world: Path, caches: Store) -> None:
-    work = changed(job(world, "dmd2-2"), adapter=SMALL)
-    bench = factory._bench(work, caches)
+def test_checkpoints_hold_adapters_and_optimisers_only(
+    factory_world: Path, factory_caches: Store
+) -> None:
+    work = changed(job(factory_world, "dmd2-2"), adapter=SMALL)
+    bench = factory._bench(work, factory_caches)
     names: set[str] = set()
     stage = work.recipe.stages[0]
 
@@ -228,13 +194,13 @@ def test_checkpoints_hold_adapters_and_optimisers_only(world: Path, caches: Stor
 
 @pytest.mark.parametrize("name", ["consistency", "direct-2", "dmd2-2"])
 def test_gradients_are_the_same_with_and_without_recomputation(
-    world: Path, caches: Store, name: str
+    factory_world: Path, factory_caches: Store, name: str
 ) -> None:
     """Adapters that differ are worn between forward and backward; the right one is recomputed."""
     got: list[dict[str, Tensor]] = []
     for keep in (True, False):
-        work = job(world, name, keep_activations=keep)
-        bench = factory._bench(changed(work, adapter=SMALL), caches)
+        work = job(factory_world, name, keep_activations=keep)
+        bench = factory._bench(changed(work, adapter=SMALL), factory_caches)
         for k, player in enumerate(bench.players.values()):
             for _, parameter in player.named_parameters():
                 numbers = torch.Generator().manual_seed(k)
@@ -294,20 +260,22 @@ def test_students_are_trained_at_published_times() -> None:
         ({"recipe": "progressive", "images": Path("nowhere")}, "images='nowhere' is not allowed"),
     ],
 )
-def test_wrong_options_are_one_sentence(world: Path, options: dict[str, Any], said: str) -> None:
+def test_wrong_options_are_one_sentence(
+    factory_world: Path, options: dict[str, Any], said: str
+) -> None:
     with pytest.raises(BadInput) as error:
-        job(world, **{"recipe": "dmd2-2", **options})
+        job(factory_world, **{"recipe": "dmd2-2", **options})
     assert str(error.value).startswith(said)
 
 
-def test_images_and_prompts_must_be_as_many(world: Path, tmp_path: Path) -> None:
+def test_images_and_prompts_must_be_as_many(factory_world: Path, tmp_path: Path) -> None:
     three = tiny_qwen.write_prompts(tmp_path / "three.txt", "a", "b", "c")
     with pytest.raises(BadInput, match="there are 2 images; write one prompt for each"):
-        job(world, "progressive", prompts=three, images=world / "images")
+        job(factory_world, "progressive", prompts=three, images=factory_world / "images")
 
 
 def _bytes(work: Job, players: Sequence[str], moving: int) -> int:
-    bench_parameters = factory_plan.counted_parameters(work.bundle, work.recipe.adapter)
+    bench_parameters = factory_memory.counted_parameters(work.bundle, work.recipe.adapter)
     adapter = 4 * bench_parameters.adapter
     return 4 * bench_parameters.transformer + adapter * (len(players) + 1 + 2 * moving)
 
@@ -316,19 +284,19 @@ def _bytes(work: Job, players: Sequence[str], moving: int) -> int:
     ("name", "moving"), [("progressive", 1), ("consistency", 1), ("dmd2-2", 2)]
 )
 def test_the_memory_plan_counts_what_is_held(
-    world: Path, caches: Store, name: str, moving: int
+    factory_world: Path, factory_caches: Store, name: str, moving: int
 ) -> None:
-    work = changed(job(world, name), adapter=SMALL)
-    players = factory._bench(work, caches).players
+    work = changed(job(factory_world, name), adapter=SMALL)
+    players = factory._bench(work, factory_caches).players
     assert memory_plan(work).phases["training"] == _bytes(work, list(players), moving)
     on_gpu = memory_plan(dataclasses.replace(work, device="cuda"))
     assert 2 * on_gpu.base == memory_plan(work).base  # bfloat16
     assert on_gpu.adapters == memory_plan(work).adapters
 
 
-def test_memory_that_is_short_is_said_with_what_would_fit(world: Path) -> None:
-    work = job(world, "dmd2-2", rank=64)
-    low = max(memory_plan(job(world, "dmd2-2", rank=16)).phases.values())
+def test_memory_that_is_short_is_said_with_what_would_fit(factory_world: Path) -> None:
+    work = job(factory_world, "dmd2-2", rank=64)
+    low = max(memory_plan(job(factory_world, "dmd2-2", rank=16)).phases.values())
     check_memory(work, None)
     check_memory(work, 10**12)
     with pytest.raises(MissingPiece, match=r"Training dmd2-2 needs .* --rank 16 would fit\.$"):
@@ -338,18 +306,22 @@ def test_memory_that_is_short_is_said_with_what_would_fit(world: Path) -> None:
 
 
 def test_a_training_without_memory_loads_and_writes_nothing(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    factory_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(factory, "free_memory", lambda device: 1000)
     monkeypatch.setattr(factory, "open_testbed", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(MissingPiece, match="before activations"):
-        factory.trained(job(world, "dmd2-2"), store=Store(cache=tmp_path / "cache"))
+        factory.trained(job(factory_world, "dmd2-2"), store=Store(cache=tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
 
 
-def test_weights_are_missed_before_anything_is_computed(world: Path, tmp_path: Path) -> None:
-    model = shutil.copytree(world / "model", tmp_path / "model")
+def test_weights_are_missed_before_anything_is_computed(
+    factory_world: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(factory_world / "model", tmp_path / "model")
     (model / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(MissingPiece, match=r"The transformer of .* is not complete"):
-        factory.trained(job(world, "dmd2-2", model=str(model)), store=Store(cache=tmp_path / "c"))
+        factory.trained(
+            job(factory_world, "dmd2-2", model=str(model)), store=Store(cache=tmp_path / "c")
+        )
     assert not (tmp_path / "c").exists()

@@ -105,6 +105,9 @@ def train(
     ] = None,
     size: Annotated[int, typer.Option(help="qwen_image: pixels of the square pictures.")] = 0,
     rank: Annotated[int, typer.Option(help="qwen_image: of the adapters.")] = 0,
+    vit: Annotated[
+        str, typer.Option(help="qwen_image: weights of the critic's DINO: hub, random or a file.")
+    ] = "",
     keep_activations: Annotated[
         bool, typer.Option("--keep-activations", help="qwen_image: faster, and far more memory.")
     ] = False,
@@ -117,6 +120,7 @@ def train(
     chosen = {
         **{"recipe": recipe, "model": model, "prompts": prompts, "images": images},
         **{"size": size, "rank": rank, "dry_run": dry_run, "keep_activations": keep_activations},
+        **{"vit": vit},
     }
     options = {option: value for option, value in chosen.items() if value}
     if name == "qwen_image":
@@ -317,14 +321,14 @@ def _named_values(pairs: Sequence[str], only: Sequence[str]) -> dict[str, Any]:
 
 def _train_qwen(device: str, fresh: bool, options: dict[str, Any]) -> None:
     """Check all of a training on Qwen-Image, then show it or do it."""
-    from turbo_lab import factory, factory_plan, lab
+    from turbo_lab import factory, factory_memory, factory_plan, lab
 
     dry_run = options.pop("dry_run", False)
     known = dry_run and device in ("cpu", "cuda")  # a plan needs no GPU to be made
     place = device if known else lab.chosen_device(device)
     job = factory_plan.check(**options, device=place)
     if dry_run:
-        typer.echo(factory_plan.described(job))
+        typer.echo(factory_memory.described(job))
     else:
         _say(factory.train_with_progress(job, fresh=fresh))
 

@@ -8,27 +8,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from turbo_lab.adapters import Worn
 from turbo_lab.atomic import atomic_write_text, save_tensors
-from turbo_lab.factory_plan import (
-    Job,
-    check_memory,
-    check_weights,
-    fields_of,
-    free_memory,
-    has_before,
-    rivals,
-)
-from turbo_lab.fit import Batch, Objective, Record, Saving, Shadow, fit
+from turbo_lab.errors import BadInput
+from turbo_lab.factory_memory import check_memory, check_weights, free_memory
+from turbo_lab.factory_plan import Job, gans, has_before, rivals
+from turbo_lab.fit import Batch, Objective, Player, Record, Saving, Shadow, fit
+from turbo_lab.gan_pieces import GanPieces
 from turbo_lab.history import TrainingHistory
 from turbo_lab.methods import METHODS
+from turbo_lab.methods.gan import mixed
 from turbo_lab.progress import progress
+from turbo_lab.qwen_gan import opened_eye, qwen_gan_pieces
+from turbo_lab.recipes.models import Pairs
 from turbo_lab.recipes.qwen_image import PASS_TOKENS, QwenRecipe, QwenStage
+from turbo_lab.recipes.qwen_models import QwenGan
 from turbo_lab.store import Artefact, Checkpoints, Store
 from turbo_lab.streams import Draw, seed_for
 from turbo_lab.testbeds.qwen_data import (
@@ -43,6 +41,9 @@ from turbo_lab.testbeds.qwen_data import (
 from turbo_lab.testbeds.qwen_image import QwenImage, open_testbed
 from turbo_lab.testbeds.qwen_pictures import encoded
 
+FAKE = "fake"
+RIVAL_FILE = "rivals.safetensors"
+"""The fake score as it was when its student was finished, in case a stage goes on from it."""
 SAVE_SECONDS = 600.0
 """Seconds between two checkpoints; one of a rank-64 student with a fake has some 17 GB."""
 
@@ -58,8 +59,9 @@ def trained(
     """Return the artefact of a training: from the store, else trained now.
 
     Each stage is an artefact with ``weights.safetensors`` (the averaged adapter, float32, named as
-    PEFT does), ``history.jsonl`` and ``recipe.json``. A killed run continues from its last
-    checkpoint, bit for bit; so do its caches. ``fresh`` trains again, from the same caches.
+    PEFT does), ``history.jsonl`` and ``recipe.json``; one with a fake score keeps that one too, in
+    ``rivals.safetensors``. A killed run continues from its last checkpoint, bit for bit; so do its
+    caches. ``fresh`` trains again, from the same caches.
 
     Raises:
         MissingPiece: weights are missing or damaged, or memory is short.
@@ -95,15 +97,54 @@ def _unwatched(record: Record, done: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Supplies:
+    """Where batches come from, each for the seed of a stage.
+
+    Attributes:
+        prompts: prompts alone.
+        images: latents of real images, if there are any.
+        teacher: samples of the guided teacher, by how many and in how many steps.
+    """
+
+    prompts: Supply
+    images: Supply | None = None
+    teacher: Mapping[Pairs, Supply] = field(default_factory=dict)
+
+    def of(self, recipe: QwenRecipe) -> Supply:
+        """What the methods of a recipe learn from."""
+        if recipe.source == "images" and self.images is not None:
+            return self.images
+        return self.prompts if recipe.pairs is None else self.teacher[recipe.pairs]
+
+    def real(self, gan: QwenGan, seed: int) -> Callable[[Draw], Batch]:
+        """The real side of a critic: images with probability rho, else the teacher's samples.
+
+        Raises:
+            BadInput: it is to show images, and there are none.
+        """
+        if gan.rho > 0 and self.images is None:
+            raise BadInput("rho", gan.rho, "there are no real images to show; use 0")
+        drawn = None if gan.pairs is None else self.teacher.get(gan.pairs)
+        # One of the two may be missing, and is then never asked.
+        sides = (side or self.prompts for side in (self.images, drawn))
+        return mixed(*(partial(side, seed) for side in sides), gan.rho)
+
+
+Critics = Callable[[QwenGan, int], GanPieces]
+"""The GAN term of a stage, for its seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bench:
     """What the stages of a training share: the loaded testbed, its players and the data."""
 
     testbed: QwenImage
-    players: Mapping[str, Worn]
+    players: Mapping[str, Player]
     supply: Supply
+    critics: Critics | None = None
 
-    def objective(self, stage: QwenStage) -> Objective:
-        """Build the method of a stage from the pieces it has fields for."""
+    def objective(self, stage: QwenStage, seed: int = 0) -> Objective:
+        """Build the method of a stage from the pieces it has fields for, in a GAN term if asked."""
         taught = {"guided": self.testbed.teacher, "before": self.players.get("before")}
         pieces: dict[str, Any] = {
             **{name: self.players[name] for name in self.players if name != "before"},
@@ -112,16 +153,24 @@ class Bench:
         }
         if stage.teacher is not None:
             pieces["teacher"] = taught[stage.teacher]
-        wanted = fields_of(stage) & pieces.keys()
-        return METHODS[stage.method](**{name: pieces[name] for name in wanted}, **stage.options)
+        wanted = stage.fields & pieces.keys()
+        method = METHODS[stage.method](**{name: pieces[name] for name in wanted}, **stage.options)
+        if stage.gan is None or self.critics is None:
+            return method
+        return self.critics(stage.gan, seed).around(method)
 
 
 def _bench(job: Job, store: Store) -> Bench:
     """Fill the caches, load the base, and put the players on it."""
     recipe, place = job.recipe, job.device
+    eyes = {  # first: where their weights are missing, nothing was computed for nothing
+        gan: opened_eye(gan, job.vit, seed=recipe.seed)
+        for gan in gans(recipe)
+        if gan.features == "dino"
+    }
     prompts = embedded(job.bundle, job.prompts, recipe.negative, store=store, device=place)
     latents = None
-    if recipe.source == "images":
+    if job.images:
         latents = encoded(job.bundle, job.images, size=recipe.size, store=store, device=place)
     testbed = open_testbed(
         job.bundle,
@@ -130,18 +179,43 @@ def _bench(job: Job, store: Store) -> Bench:
         guidance_scale=recipe.guidance_scale,
         device=place,
     )
-    supply = _supply(job, testbed, latents, store)  # draws pairs from a base without adapters
+    supplies = _supplies(job, testbed, latents, store)  # pairs from a base without adapters
     if not job.keep_activations:
         testbed.host.checkpointing()
-    return Bench(testbed=testbed, players=_players(recipe, testbed), supply=supply)
+    players = _players(recipe, testbed)
+
+    def critics(gan: QwenGan, seed: int) -> GanPieces:
+        return qwen_gan_pieces(
+            gan,
+            real=supplies.real(gan, seed),
+            players={**players, "teacher": testbed.host.bare},
+            bundle=job.bundle,
+            eye=eyes.get(gan),
+            seed=seed,
+            device=place,
+        )
+
+    return Bench(testbed=testbed, players=players, supply=supplies.of(recipe), critics=critics)
 
 
-def _supply(job: Job, testbed: QwenImage, latents: Rows | None, store: Store) -> Supply:
-    """Latents of images if there are any, else samples of the teacher or prompts alone."""
-    if latents is not None:
-        return partial(image_batch, latents, len(job.images), job.device)
-    if job.recipe.pairs is None:
-        return partial(prompt_batch, len(job.prompts), testbed.shape, job.device)
+def _supplies(job: Job, testbed: QwenImage, latents: Rows | None, store: Store) -> Supplies:
+    """All that the stages of a recipe learn from; samples of the teacher are drawn now."""
+    drawn = {pairs: _drawn(job, testbed, pairs, store) for pairs in pairs_of(job.recipe)}
+    images = None if latents is None else partial(image_batch, latents, len(job.images), job.device)
+    return Supplies(
+        prompts=partial(prompt_batch, len(job.prompts), testbed.shape, job.device),
+        images=images,
+        teacher=drawn,
+    )
+
+
+def pairs_of(recipe: QwenRecipe) -> tuple[Pairs, ...]:
+    """Samples of the teacher that a recipe needs: the methods' data, and critics' real sides."""
+    wanted = (recipe.pairs, *(gan.pairs for gan in gans(recipe) if gan.rho < 1))
+    return tuple(dict.fromkeys(pairs for pairs in wanted if pairs is not None))
+
+
+def _drawn(job: Job, testbed: QwenImage, pairs: Pairs, store: Store) -> Supply:
     plan = PairPlan(
         identity={
             "model": job.bundle.identity("transformer"),
@@ -151,9 +225,9 @@ def _supply(job: Job, testbed: QwenImage, latents: Rows | None, store: Store) ->
             "device": job.device,
         },
         prompts=job.prompts,
-        grid=testbed.grid(job.recipe.pairs.steps),
+        grid=testbed.grid(pairs.steps),
         shape=testbed.shape,
-        n=job.recipe.pairs.n,
+        n=pairs.n,
         seed=seed_for(job.recipe.seed, "pairs"),
         at_once=max(1, PASS_TOKENS // job.recipe.tokens),
         device=job.device,
@@ -161,7 +235,7 @@ def _supply(job: Job, testbed: QwenImage, latents: Rows | None, store: Store) ->
     return partial(pair_batch, drawn_pairs(plan, testbed.teacher, store), job.device)
 
 
-def _players(recipe: QwenRecipe, testbed: QwenImage) -> dict[str, Worn]:
+def _players(recipe: QwenRecipe, testbed: QwenImage) -> dict[str, Player]:
     """The adapters of a recipe, all of them starting as the base."""
     student = testbed.spawn("student", recipe.adapter, seed=recipe.seed)
     copies = ("average", "before") if has_before(recipe) else ("average",)
@@ -184,14 +258,13 @@ def _make(
     """Train stage k from the artefact of the stage before it."""
     bench, stage, spec = opened(), job.recipe.stages[k], job.specs()[k]
     if before is not None:
-        for name in {"student", "average", "before"} & bench.players.keys():
-            bench.players[name].load_state_dict(before.tensors())
+        _go_on(bench.players, stage, before)
     work = store.workdir(job.artefact, spec)
     lines = TrainingHistory(work / "history.jsonl", stage=k + 1)
     earlier = sum(s.steps for s in job.recipe.stages[:k])
     seed = seed_for(job.recipe.seed, "stage", k) if k else job.recipe.seed
     for record in fit(
-        bench.objective(stage),
+        bench.objective(stage, seed),
         partial(bench.supply, seed),
         steps=stage.steps,
         batch_size=stage.batch_size,
@@ -204,6 +277,18 @@ def _make(
         lines.add(record, last=record.step == stage.steps)
         watch(record, earlier + record.step)
     save_tensors(folder, "weights.safetensors", bench.players["average"].state_dict())
+    if FAKE in stage.fields:
+        save_tensors(folder, RIVAL_FILE, bench.players[FAKE].state_dict())
     so_far = before.file("history.jsonl").read_text("utf-8") if before is not None else ""
     atomic_write_text(folder / "history.jsonl", so_far + lines.text())
     atomic_write_text(folder / "card.json", json.dumps({"model": job.bundle.model}))
+
+
+def _go_on(players: Mapping[str, Player], stage: QwenStage, before: Artefact) -> None:
+    """Let the players start where the stage before ended."""
+    student = before.tensors()
+    for name in {"student", "average", "before"} & players.keys():
+        players[name].load_state_dict(student)
+    if stage.rivals_from is not None:
+        started = student if stage.rivals_from == "before" else before.tensors(RIVAL_FILE)
+        players[FAKE].load_state_dict(started)

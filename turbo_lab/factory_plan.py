@@ -1,34 +1,21 @@
-"""A training on Qwen-Image before it starts: everything checked, and the memory it will need."""
+"""A training on Qwen-Image before it starts: everything about it checked but the memory."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from turbo_lab.errors import BadInput, MissingPiece
-from turbo_lab.methods import METHODS
+from turbo_lab.errors import BadInput
+from turbo_lab.features import HUB, RANDOM
 from turbo_lab.recipes.models import Profile
-from turbo_lab.recipes.qwen_image import ADAPTER, QwenRecipe, QwenStage, resolve_qwen
+from turbo_lab.recipes.qwen_image import ADAPTER, QwenRecipe, resolve_qwen
+from turbo_lab.recipes.qwen_models import QwenGan
 from turbo_lab.testbeds.qwen_data import read_prompts
-from turbo_lab.testbeds.qwen_files import (
-    DEFAULT_MODEL,
-    Bundle,
-    counted_parameters,
-    dtype_on,
-    located,
-)
+from turbo_lab.testbeds.qwen_files import DEFAULT_MODEL, Bundle, dtype_on, located
 from turbo_lab.testbeds.qwen_pictures import file_hash, find_images
-
-RANKS = (64, 32, 16, 8, 4)
-"""Ranks that are suggested where memory is short."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +30,7 @@ class Job:
         device: cpu or cuda.
         keep_activations: do not recompute them in the backward pass: more memory, less time, and
             the same gradients, so it is no part of the key.
+        vit: weights of a critic's vision transformer: ``hub``, ``random``, or a file.
     """
 
     recipe: QwenRecipe
@@ -51,6 +39,7 @@ class Job:
     images: tuple[Path, ...] = ()
     device: str = "cpu"
     keep_activations: bool = False
+    vit: str = HUB
 
     @property
     def artefact(self) -> str:
@@ -68,8 +57,16 @@ class Job:
         if self.images:
             facts["vae"] = self.bundle.identity("vae")
             facts["images"] = _text_hash(file_hash(file) for file in self.images)
-        stages = range(len(self.recipe.stages))
-        return [{"recipe": self.recipe.until(k).spec(), **facts} for k in stages]
+        recipes = [self.recipe.until(k) for k in range(len(self.recipe.stages))]
+        return [{"recipe": r.spec(), **facts, **self._seen_by_critic(r)} for r in recipes]
+
+    def _seen_by_critic(self, recipe: QwenRecipe) -> dict[str, Any]:
+        """What a critic looks through, where the stages of a recipe have one that sees pictures."""
+        if not looks_at_pictures(recipe):
+            return {}
+        known = self.vit in (HUB, RANDOM)
+        weights = self.vit if known else {"sha256": file_hash(Path(self.vit))}
+        return {"vae": self.bundle.identity("vae"), "vit": weights}
 
 
 def _text_hash(texts: Iterable[str]) -> str:
@@ -88,6 +85,7 @@ def check(
     rank: int = ADAPTER.rank,
     device: str = "cpu",
     keep_activations: bool = False,
+    vit: str = "",
 ) -> Job:
     """Resolve a training and check all of it but the memory; nothing is loaded or written.
 
@@ -102,6 +100,7 @@ def check(
         rank: of the adapters.
         device: cpu or cuda.
         keep_activations: see `Job`.
+        vit: see `Job`; empty for ``hub``.
 
     Raises:
         BadInput: a value is not allowed, or a file is not what it should be.
@@ -110,6 +109,7 @@ def check(
     resolved = resolve_qwen(
         recipe, size=size, profile=profile, seed=seed, rank=rank, images=images is not None
     )
+    _check_vit(vit, resolved)
     if prompts is None:
         raise BadInput("prompts", None, "name a text file with one prompt per line")
     texts = read_prompts(prompts)
@@ -125,120 +125,17 @@ def check(
         images=files,
         device=device,
         keep_activations=keep_activations,
+        vit=vit or HUB,
     )
 
 
-# --- memory -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryPlan:
-    """Bytes of what is held at once, from parameter counts; activations come on top."""
-
-    base: int
-    adapters: int
-    gradients: int
-    optimiser: int
-    text_encoder: int
-    vae: int
-
-    @property
-    def phases(self) -> dict[str, int]:
-        """Bytes of each phase; one network is freed before the next is loaded."""
-        training = self.base + self.adapters + self.gradients + self.optimiser
-        encoding = {"encoding prompts": self.text_encoder}
-        if self.vae:
-            encoding["encoding images"] = self.vae
-        return {**encoding, "training": training}
-
-    def lines(self) -> list[str]:
-        """The plan as text, one line for each number."""
-        parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        rows = {name.replace("_", " "): size for name, size in parts.items() if size}
-        table = [f"{name:18s}{gigabytes(size):>12s}" for name, size in rows.items()]
-        needs = [f"{name:18s}{gigabytes(size):>12s}" for name, size in self.phases.items()]
-        return [*table, "", "needed at once, before activations:", *needs]
-
-
-def memory_plan(job: Job) -> MemoryPlan:
-    """Count the bytes of a training from settings alone; no weights are read.
-
-    Adapters, their gradients and both moments of AdamW are float32. One player has gradients at a
-    time: `turbo_lab.fit` drops them after each turn.
-    """
-    counts = counted_parameters(job.bundle, job.recipe.adapter)
-    each = torch.empty((), dtype=dtype_on(job.device)).element_size()
-    moving = 1 + len(rivals(job.recipe))
-    worn = moving + 1 + has_before(job.recipe)  # the average, and the stage before
-    return MemoryPlan(
-        base=each * counts.transformer,
-        adapters=4 * counts.adapter * worn,
-        gradients=4 * counts.adapter,
-        optimiser=8 * counts.adapter * moving,
-        text_encoder=each * counts.text_encoder,
-        vae=each * counts.vae if job.images else 0,
-    )
-
-
-def check_memory(job: Job, free: int | None) -> None:
-    """Refuse a training that cannot fit in ``free`` bytes, and say what would.
-
-    Raises:
-        MissingPiece: with the numbers, and a lower rank or a device that is large enough.
-    """
-    plan = memory_plan(job)
-    phase, needed = max(plan.phases.items(), key=lambda item: item[1])
-    if free is None or needed <= free:
-        return
-    fitting = (r for r in RANKS if r < job.recipe.adapter.rank and _fits(job, r, free))
-    rank = next(fitting, None)
-    way = f"--rank {rank} would fit" if rank else f"a device with {gigabytes(needed)} free would do"
-    raise MissingPiece(
-        f"{phase.capitalize()} {job.recipe.name} needs {gigabytes(needed)} before activations, and "
-        f"{gigabytes(free)} are free on {job.device}: {way}."
-    )
-
-
-def check_weights(job: Job) -> None:
-    """Refuse a local pipeline that lacks weights which the training will load; reads none.
-
-    Raises:
-        MissingPiece: naming the first file that is missing.
-    """
-    parts = ("transformer", "text_encoder", *(("vae",) if job.images else ()))
-    for part in parts if job.bundle.commit is None else ():  # a hub is asked for each when needed
-        job.bundle.weights(part)
-
-
-def _fits(job: Job, rank: int, free: int) -> bool:
-    adapter = job.recipe.adapter.model_copy(update={"rank": rank})
-    smaller = dataclasses.replace(job, recipe=job.recipe.model_copy(update={"adapter": adapter}))
-    return max(memory_plan(smaller).phases.values()) <= free
-
-
-def free_memory(device: str) -> int | None:
-    """Free bytes of the GPU, or of the machine; None where that cannot be asked."""
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-    except OSError:
-        return None
-    kilobytes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * int(kilobytes[0]) if kilobytes else None
-
-
-def gigabytes(size: int) -> str:
-    """Bytes as text, rounded up in the last digit: a plan must not promise too little."""
-    return f"{math.ceil(size / 1e7) / 100:,.2f} GB"
-
-
-def described(job: Job) -> str:
-    """The resolved recipe and the memory plan as text."""
-    recipe = json.dumps(job.recipe.spec(), indent=1)
-    data = f"{len(job.prompts)} prompts, {len(job.images)} images"
-    where = f"model {job.bundle.model} on {job.device}, {data}"
-    return "\n".join([recipe, "", where, "", *memory_plan(job).lines()])
+def _check_vit(vit: str, recipe: QwenRecipe) -> None:
+    """Refuse weights that nothing looks through, and a file that is not there."""
+    if vit and not looks_at_pictures(recipe):
+        raise BadInput("vit", vit, f"{recipe.name} has no critic that looks at pictures")
+    file = Path(vit)
+    if vit not in ("", HUB, RANDOM) and (file.suffix != ".safetensors" or not file.is_file()):
+        raise BadInput("vit", vit, f"use {HUB}, {RANDOM} or a safetensors file that is there")
 
 
 # --- what a recipe asks for ----------------------------------------------------------------------
@@ -251,10 +148,14 @@ def has_before(recipe: QwenRecipe) -> bool:
 
 def rivals(recipe: QwenRecipe) -> list[str]:
     """Names of the players that start as the teacher and learn along with the student."""
-    asked = {name for stage in recipe.stages for name in fields_of(stage)}
-    return sorted(asked.intersection({"fake"}))
+    return ["fake"] if any("fake" in stage.fields for stage in recipe.stages) else []
 
 
-def fields_of(stage: QwenStage) -> set[str]:
-    """Names of what the method of a stage can be given."""
-    return {f.name for f in dataclasses.fields(METHODS[stage.method])}
+def gans(recipe: QwenRecipe) -> list[QwenGan]:
+    """The GAN terms of the stages that have one."""
+    return [stage.gan for stage in recipe.stages if stage.gan is not None]
+
+
+def looks_at_pictures(recipe: QwenRecipe) -> bool:
+    """Whether a critic sees decoded pictures, through a network of its own."""
+    return any(gan.features == "dino" for gan in gans(recipe))

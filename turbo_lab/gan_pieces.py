@@ -19,6 +19,7 @@ from turbo_lab.heads import FeatureCritic, spawn_heads
 from turbo_lab.methods.gan import Batches, WithGan
 from turbo_lab.postcards.captions import TOKENS, VOCABULARY
 from turbo_lab.recipes import Gan
+from turbo_lab.recipes.qwen_models import QwenGan
 from turbo_lab.store import Store
 from turbo_lab.streams import Draw
 from turbo_lab.testbeds.postcards import decode, encode
@@ -40,7 +41,7 @@ class GanPieces:
         show: latents to what the features look at.
     """
 
-    gan: Gan
+    gan: Gan | QwenGan
     critic: FeatureCritic
     real: Batches
     show: Callable[[Tensor, Draw], Tensor]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -64,6 +64,45 @@ class Folder(_Frozen):
     path: str = Field("", exclude=True, repr=False)
 
 
+class Game(Protocol):
+    """What every GAN term says, on whatever testbed."""
+
+    @property
+    def rho(self) -> float:
+        """Share of real data on the critic's real side."""
+
+    @property
+    def pairs(self) -> Pairs | None:
+        """Samples of the teacher there."""
+
+    @property
+    def weight(self) -> float | None:
+        """Of the term."""
+
+    @property
+    def balance(self) -> float | None:
+        """Of the gradients."""
+
+    @property
+    def noise_range(self) -> tuple[float, float]:
+        """Times to which shown samples are noised."""
+
+
+def check_game(gan: Game) -> None:
+    """Refuse a GAN term without a weight, or with two, and one without what it shows.
+
+    Raises:
+        BadInput: one of these, or times that are none.
+    """
+    if (gan.weight is None) == (gan.balance is None):
+        raise BadInput("weight", gan.weight, "give either a weight or a balance")
+    if gan.rho < 1 and gan.pairs is None:
+        raise BadInput("pairs", None, f"rho={gan.rho} needs samples of the teacher")
+    low, high = gan.noise_range
+    if not 0 <= low <= high <= 1:
+        raise BadInput("noise_range", gan.noise_range, "use two times, 0 to 1, not falling")
+
+
 class Gan(_Frozen):
     """A GAN term beside the method of a stage, see `turbo_lab.methods.gan.WithGan`.
 
@@ -93,15 +132,9 @@ class Gan(_Frozen):
 
     @model_validator(mode="after")
     def _fits(self) -> Gan:
-        if (self.weight is None) == (self.balance is None):
-            raise BadInput("weight", self.weight, "give either a weight or a balance")
-        if self.rho < 1 and self.pairs is None:
-            raise BadInput("pairs", None, f"rho={self.rho} needs samples of the teacher")
+        check_game(self)
         if self.features == "pixels" and self.blocks:
             raise BadInput("blocks", self.blocks, "pixels have no blocks; leave them out")
-        low, high = self.noise_range
-        if not 0 <= low <= high <= 1:
-            raise BadInput("noise_range", self.noise_range, "use two times, 0 to 1, not falling")
         if self.folder is not None:
             self.check_folder()
         return self

@@ -1,0 +1,140 @@
+"""The memory that a training on Qwen-Image will need, counted before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from turbo_lab.errors import MissingPiece
+from turbo_lab.factory_plan import Job, gans, has_before, looks_at_pictures, rivals
+from turbo_lab.qwen_counts import TransformerSize
+from turbo_lab.qwen_gan import critic_bytes
+from turbo_lab.testbeds.qwen_files import counted_parameters, dtype_on
+
+RANKS = (64, 32, 16, 8, 4)
+"""Ranks that are suggested where memory is short."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes of what is held at once, from parameter counts; activations come on top."""
+
+    base: int
+    adapters: int
+    gradients: int
+    optimiser: int
+    text_encoder: int
+    vae: int
+    critic: int = 0
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Bytes of each phase; one network is freed before the next is loaded."""
+        training = self.base + self.adapters + self.gradients + self.optimiser + self.critic
+        encoding = {"encoding prompts": self.text_encoder}
+        if self.vae:
+            encoding["encoding images"] = self.vae
+        return {**encoding, "training": training}
+
+    def lines(self) -> list[str]:
+        """The plan as text, one line for each number."""
+        parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        rows = {name.replace("_", " "): size for name, size in parts.items() if size}
+        table = [f"{name:18s}{gigabytes(size):>12s}" for name, size in rows.items()]
+        needs = [f"{name:18s}{gigabytes(size):>12s}" for name, size in self.phases.items()]
+        return [*table, "", "needed at once, before activations:", *needs]
+
+
+def memory_plan(job: Job) -> MemoryPlan:
+    """Count the bytes of a training from settings alone; no weights are read.
+
+    Adapters, their gradients and both moments of AdamW are float32. One player has gradients at a
+    time: `turbo_lab.fit` drops them after each turn.
+    """
+    counts = counted_parameters(job.bundle, job.recipe.adapter)
+    each = torch.empty((), dtype=dtype_on(job.device)).element_size()
+    moving = 1 + len(rivals(job.recipe))
+    worn = moving + 1 + has_before(job.recipe)  # the average, and the stage before
+    return MemoryPlan(
+        base=each * counts.transformer,
+        adapters=4 * counts.adapter * worn,
+        gradients=4 * counts.adapter,
+        optimiser=8 * counts.adapter * moving,
+        text_encoder=each * counts.text_encoder,
+        vae=each * counts.vae if job.images else 0,
+        critic=_critic_bytes(job, decoder=counts.vae, each=each),
+    )
+
+
+def _critic_bytes(job: Job, *, decoder: int, each: int) -> int:
+    """Of the largest critic of the stages; one is dropped before the next is made."""
+    size = TransformerSize.of(job.bundle.config("transformer"))
+    sizes = {"width": size.width, "depth": size.layers, "decoder": decoder, "each": each}
+    return max((critic_bytes(gan, **sizes) for gan in gans(job.recipe)), default=0)
+
+
+def check_memory(job: Job, free: int | None) -> None:
+    """Refuse a training that cannot fit in ``free`` bytes, and say what would.
+
+    Raises:
+        MissingPiece: with the numbers, and a lower rank or a device that is large enough.
+    """
+    plan = memory_plan(job)
+    phase, needed = max(plan.phases.items(), key=lambda item: item[1])
+    if free is None or needed <= free:
+        return
+    fitting = (r for r in RANKS if r < job.recipe.adapter.rank and _fits(job, r, free))
+    rank = next(fitting, None)
+    way = f"--rank {rank} would fit" if rank else f"a device with {gigabytes(needed)} free would do"
+    raise MissingPiece(
+        f"{phase.capitalize()} {job.recipe.name} needs {gigabytes(needed)} before activations, and "
+        f"{gigabytes(free)} are free on {job.device}: {way}."
+    )
+
+
+def check_weights(job: Job) -> None:
+    """Refuse a local pipeline that lacks weights which the training will load; reads none.
+
+    Raises:
+        MissingPiece: naming the first file that is missing.
+    """
+    decodes = bool(job.images) or looks_at_pictures(job.recipe)
+    parts = ("transformer", "text_encoder", *(("vae",) if decodes else ()))
+    for part in parts if job.bundle.commit is None else ():  # a hub is asked for each when needed
+        job.bundle.weights(part)
+
+
+def _fits(job: Job, rank: int, free: int) -> bool:
+    adapter = job.recipe.adapter.model_copy(update={"rank": rank})
+    smaller = dataclasses.replace(job, recipe=job.recipe.model_copy(update={"adapter": adapter}))
+    return max(memory_plan(smaller).phases.values()) <= free
+
+
+def free_memory(device: str) -> int | None:
+    """Free bytes of the GPU, or of the machine; None where that cannot be asked."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    except OSError:
+        return None
+    kilobytes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * int(kilobytes[0]) if kilobytes else None
+
+
+def gigabytes(size: int) -> str:
+    """Bytes as text, rounded up in the last digit: a plan must not promise too little."""
+    return f"{math.ceil(size / 1e7) / 100:,.2f} GB"
+
+
+def described(job: Job) -> str:
+    """The resolved recipe and the memory plan as text."""
+    recipe = json.dumps(job.recipe.spec(), indent=1)
+    data = f"{len(job.prompts)} prompts, {len(job.images)} images"
+    where = f"model {job.bundle.model} on {job.device}, {data}"
+    return "\n".join([recipe, "", where, "", *memory_plan(job).lines()])
