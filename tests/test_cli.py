@@ -167,3 +167,21 @@ def test_the_command_line_starts_without_the_heavy_packages() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("size", [512, 1024, 1328])
+def test_the_whole_way_to_two_steps_is_planned(empty: Path, tiny_model: Path, size: int) -> None:
+    """PCM, then DMD2, then DMD2 and a critic, at every size that batches were chosen for."""
+    prompts = tiny_qwen.write_prompts(empty / "prompts.txt", "a cat", "a dog")
+    command = ["train", "qwen_image", "--recipe", "turbo", "--model", str(tiny_model), "--dry-run"]
+    command += ["--prompts", str(prompts), "--size", str(size), "--device", "cuda"]
+    planned = CliRunner().invoke(app, command)
+    assert planned.exit_code == 0, planned.output
+    text, _, plan = planned.stdout.partition("\n\n")
+    recipe = json.loads(text)
+    assert recipe["adapter"]["rank"] == 64 and "img_mod.1" in recipe["adapter"]["targets"]
+    assert [stage["method"] for stage in recipe["stages"]] == ["consistency", "dmd2", "dmd2"]
+    assert ["gan" in stage for stage in recipe["stages"]] == [False, False, True]
+    assert recipe["stages"][0]["options"]["edges"] == [0.7155]
+    assert all(stage["options"]["times"] == [1.0, 0.7155] for stage in recipe["stages"][1:])
+    assert "critic" in plan

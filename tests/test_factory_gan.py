@@ -167,7 +167,7 @@ def test_heads_learn_two_prompts_by_heart_and_nothing_else_moves(
         optimisers={who: rates.optimiser() for who, rates in still.items()},
     ):
         pass
-    assert measured() < 0.5 * before
+    assert measured() < 0.6 * before
     assert all(torch.equal(frozen[k], v) for k, v in eye.state_dict().items())
     assert not any(p.requires_grad for p in eye.parameters())
 

@@ -126,8 +126,8 @@ class Supplies:
             raise BadInput("rho", gan.rho, "there are no real images to show; use 0")
         drawn = None if gan.pairs is None else self.teacher.get(gan.pairs)
         # One of the two may be missing, and is then never asked.
-        sides = (side or self.prompts for side in (self.images, drawn))
-        return mixed(*(partial(side, seed) for side in sides), gan.rho)
+        images, teacher = (partial(side or self.prompts, seed) for side in (self.images, drawn))
+        return mixed(images, teacher, gan.rho)
 
 
 Critics = Callable[[QwenGan, int], GanPieces]
