@@ -121,11 +121,15 @@ def load_photos(folder: str, digest: str, side: int | None, place: Place) -> Pho
 
 
 def _read_all(files: Sequence[Path]) -> tuple[Tensor, ...]:
-    return tuple(_read(file) for file in files)
+    return tuple(read_photo(file) for file in files)
 
 
-def _read(file: Path) -> Tensor:
-    """A picture ``[3, H, W]`` uint8, upright, in RGB."""
+def read_photo(file: Path) -> Tensor:
+    """Read a picture as ``[3, H, W]`` uint8, upright, in RGB.
+
+    Raises:
+        BadInput: it cannot be read to its end.
+    """
     import numpy as np
     from PIL import Image, ImageOps
 
