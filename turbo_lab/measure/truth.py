@@ -81,12 +81,17 @@ def paste_sign(images: Tensor, x: Tensor, y: Tensor, number: Tensor, opacity: fl
         number: ``[B]`` long, 0 to 99.
         opacity: in [0, 1].
     """
-    rows = (y[:, None] + torch.arange(SIGN_HEIGHT))[:, :, None]
-    columns = (x[:, None] + torch.arange(SIGN_WIDTH))[:, None, :]
-    at = (torch.arange(len(images))[:, None, None], rows, columns)
+    at = sign_pixels(x, y)
     out = images.permute(0, 2, 3, 1).clone()
     out[at] = torch.lerp(out[at], (plates()[number] * 2 - 1)[..., None], opacity)
     return out.permute(0, 3, 1, 2).contiguous()
+
+
+def sign_pixels(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Index of plates' pixels ``[B, 7, 9]`` in images ``[B, 32, 32, ...]``, corners at (x, y)."""
+    rows = (y[:, None] + torch.arange(SIGN_HEIGHT))[:, :, None]
+    columns = (x[:, None] + torch.arange(SIGN_WIDTH))[:, None, :]
+    return torch.arange(len(x))[:, None, None], rows, columns
 
 
 def free_places(scenes: Scenes, seed: int) -> tuple[Tensor, Tensor]:
@@ -98,6 +103,31 @@ def free_places(scenes: Scenes, seed: int) -> tuple[Tensor, Tensor]:
     clear |= (ys - scenes.sign[:, 1:]).abs() >= SIGN_HEIGHT
     first = clear.float().argmax(1, keepdim=True)
     return xs.gather(1, first)[:, 0], ys.gather(1, first)[:, 0]
+
+
+def third_arm(scenes: Scenes) -> Tensor:
+    """Pictures ``[B, 3, 32, 32]`` of the scenes with a second left arm, mirrored up and down."""
+    turned = scenes.arm_angles.clone()
+    turned[:, 0] = torch.pi - turned[:, 0]
+    return _overlay(scenes, replace(scenes, arm_angles=turned))
+
+
+def move_hues(scenes: Scenes, modes: Tensor) -> Scenes:
+    """The scenes in garments of other hue modes ``[B]``, as far from their centre as before."""
+    centres = torch.tensor([c for c, _ in HUE_MODES.values()])
+    away = (scenes.hue + centres[modes] - centres[scenes.hue_mode]) % 360
+    # The sum rounds: a figure that keeps its mode keeps its very hue.
+    hue = torch.where(modes == scenes.hue_mode, scenes.hue, away)
+    return replace(scenes, hue=hue, hue_mode=modes)
+
+
+def swap_digit(scenes: Scenes, column: int) -> Scenes:
+    """The scenes with another digit: ``column`` 3 for the tens, 4 for the units."""
+    swapped = scenes.fields.clone()
+    # The scene's own index picks one of the nine other digits.
+    step = 1 + torch.arange(len(scenes)) % 9
+    swapped[:, column] = (swapped[:, column] + step) % 10
+    return replace(scenes, fields=swapped)
 
 
 def _scenes(seed: int, n: int) -> Scenes:
@@ -142,9 +172,7 @@ def _parts(scenes: Scenes) -> _Rows:
 
 
 def _extra_limbs(scenes: Scenes) -> _Rows:
-    turned = scenes.arm_angles.clone()
-    turned[:, 0] = torch.pi - turned[:, 0]
-    body = read_bodies(_overlay(scenes, replace(scenes, arm_angles=turned)))
+    body = read_bodies(third_arm(scenes))
     yield "third arm", "arm count", (body.arms == 3) & ~body.whole
     spread = scenes[scenes.fields[:, 1] == 0]
     if len(spread):
@@ -162,23 +190,17 @@ def _extra_limbs(scenes: Scenes) -> _Rows:
 
 def _digits(scenes: Scenes) -> _Rows:
     for column, name in ((3, "tens"), (4, "units")):
-        swapped = scenes.fields.clone()
-        # The scene's own index picks one of the nine other digits.
-        step = 1 + torch.arange(len(scenes)) % 9
-        swapped[:, column] = (swapped[:, column] + step) % 10
-        sign = read_signs(render(replace(scenes, fields=swapped)))
+        swapped = swap_digit(scenes, column)
+        sign = read_signs(render(swapped))
         said = torch.stack([sign.tens, sign.units], 1)
-        seen = (said == swapped[:, 3:]).all(1) & sign.crisp
+        seen = (said == swapped.fields[:, 3:]).all(1) & sign.crisp
         yield f"{name} swapped", "sign digits", seen
 
 
 def _hues(scenes: Scenes) -> _Rows:
-    centres = torch.tensor([c for c, _ in HUE_MODES.values()])
-    other = (scenes.hue_mode + 1 + torch.arange(len(scenes)) % (len(HUE_MODES) - 1)) % len(
-        HUE_MODES
-    )
-    hue = (scenes.hue + centres[other] - centres[scenes.hue_mode]) % 360
-    mode = read(render(replace(scenes, hue=hue))).garment.mode
+    away = 1 + torch.arange(len(scenes)) % (len(HUE_MODES) - 1)
+    other = (scenes.hue_mode + away) % len(HUE_MODES)
+    mode = read(render(move_hues(scenes, other))).garment.mode
     yield "hue moved", "hue mode", mode == other
 
 

@@ -208,6 +208,30 @@ def find(images: Tensor, scenes: Scenes, real: Reference, grids: Tensor | None =
     )
 
 
+def find_changed(
+    images: Tensor, before: Tensor, scenes: Scenes, found: Found, grids: Tensor | None = None
+) -> Found:
+    """`find` for pictures of which some are those of before: only the others are measured.
+
+    Args:
+        images: ``[n, 3, 32, 32]`` in [-1, 1].
+        before: the same shape; a picture counts as changed where it is not equal bit by bit.
+        scenes: what the captions ask for.
+        found: in the pictures before; its reference is used.
+        grids: see `find`.
+    """
+    rows = (images != before).flatten(1).any(1).nonzero()[:, 0]
+    values, cdf, along = {k: v.copy() for k, v in found.values.items()}, found.cdf, found.along
+    if len(rows):
+        part = find(images[rows], scenes[rows], found.real)
+        for name, column in values.items():
+            column[rows.numpy()] = part.values[name]
+        cdf, along = cdf.copy(), along.clone()
+        cdf[rows.numpy()], along[rows] = part.cdf, part.along
+    distances = np.empty(0) if grids is None else measure.pairwise_distance(grids).numpy()
+    return replace(found, values=values, cdf=cdf, along=along, distances=distances)
+
+
 # --- tables -------------------------------------------------------------------------------------
 
 
