@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TypedDict
 
 import numpy as np
 import pandas as pd
@@ -27,7 +28,7 @@ from turbo_lab.studies.validation_cases import CASES, CONTROL
 
 NOTEBOOK = "06_two_step_turbo"
 RESOLUTION = {"coverage": 0.04, "clipped": 1 / 1024}
-"""Least half width: half the rarest mode; one pixel per picture. Real pictures never differ here."""
+"""Least half width: half the rarest mode, one pixel a picture; real pictures never differ here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +135,7 @@ def validate(profile: str = "quick", *, seed: int = 0) -> Validation:
 
 
 def _captions(budget: Budget, seed: int) -> Tensor:
-    """What the captions ask for ``[pictures, 5]``: each caption ``each`` times, grounds in turns."""
+    """Fields of the captions ``[pictures, 5]``: each ``each`` times, grounds in turns."""
     fields = draw_scenes("eval", range(budget.captions), seed=seed).fields
     fields[:, 2] = torch.arange(budget.captions) % 3
     return fields.repeat_interleave(budget.each, 0)
@@ -268,50 +269,74 @@ def outside(validation: Validation, name: str = CONTROL) -> Interval:
 
 
 def claims(validation: Validation, *, profile: str) -> list[Claim]:
-    """Two claims per corruption, own metric monotone, others inside their band; and one for the
-    control.
+    """What the validation says of every corruption, and of the control.
+
+    Args:
+        validation: of `validate`.
+        profile: its budget's name.
+
+    Returns:
+        Two claims per corruption, that its own metrics are monotone (``V-own-...``) and that the
+        others stay in their bands (``V-rest-...``); and ``V-control``.
     """
     made = []
     for name, case in CASES.items():
-        if not case.own:
-            continue
-        own = ", ".join(METRICS[m].title for m in case.own)
-        worst = METRICS[loudest(validation, name)[0]].title
-        key = name.replace(" ", "-")
-        parts = (
-            ("own", f"{name}: own metric monotone ({own})",
-             "smallest step up the ladder, half widths of the null band",
-             own_step(validation, name), "above", 0.0),
-            ("rest", f"{name}: others within their band but for the listed couplings",
-             f"largest effect on the {len(case.quiet)} others, half widths ({worst})",
-             leak(validation, name), "below", 1.0),
-        )  # fmt: skip
-        made += [_claim(validation, f"V-{p}-{key}", *rest, profile=profile) for p, *rest in parts]
-    control = (
-        f"{CONTROL}: a control that gives other real pictures moves no metric",
-        "share of metrics and strengths beyond the difference of two real sets",
-        outside(validation),
-        "below",
-        0.05,
-    )
-    made.append(_claim(validation, "V-control", *control, profile=profile))
-    return made
+        if case.own:
+            made += [_own(validation, name, profile), _rest(validation, name, profile)]
+    return [*made, _control(validation, profile)]
 
 
-def _claim(
-    validation: Validation, id_: str, statement: str, statistic: str, interval: Interval,
-    side: str, threshold: float, *, profile: str,
-) -> Claim:  # fmt: skip
+def _own(validation: Validation, name: str, profile: str) -> Claim:
+    titles = ", ".join(METRICS[m].title for m in CASES[name].own)
     return Claim(
-        id=id_,
-        notebook=NOTEBOOK,
-        statement=statement,
-        source="validation of the metrics, this package",
-        statistic=statistic,
-        interval=interval,
-        side="below" if side == "below" else "above",
-        threshold=threshold,
-        seeds=validation.budget.sets,
-        samples=validation.budget.pictures,
-        profile=profile,
+        id=f"V-own-{name.replace(' ', '-')}",
+        statement=f"{name}: own metric monotone ({titles})",
+        statistic="smallest step up the ladder, half widths of the null band",
+        interval=own_step(validation, name),
+        side="above",
+        threshold=0.0,
+        **_common(validation, profile),
     )
+
+
+def _rest(validation: Validation, name: str, profile: str) -> Claim:
+    case, worst = CASES[name], METRICS[loudest(validation, name)[0]].title
+    return Claim(
+        id=f"V-rest-{name.replace(' ', '-')}",
+        statement=f"{name}: others within their band but for the listed couplings",
+        statistic=f"largest effect on the {len(case.quiet)} others, half widths ({worst})",
+        interval=leak(validation, name),
+        side="below",
+        threshold=1.0,
+        **_common(validation, profile),
+    )
+
+
+def _control(validation: Validation, profile: str) -> Claim:
+    return Claim(
+        id="V-control",
+        statement=f"{CONTROL}: a control that gives other real pictures moves no metric",
+        statistic="share of metrics and strengths beyond the difference of two real sets",
+        interval=outside(validation),
+        side="below",
+        threshold=0.05,
+        **_common(validation, profile),
+    )
+
+
+class _Common(TypedDict):
+    notebook: str
+    source: str
+    seeds: int
+    samples: int
+    profile: str
+
+
+def _common(validation: Validation, profile: str) -> _Common:
+    return {
+        "notebook": NOTEBOOK,
+        "source": "validation of the metrics, this package",
+        "seeds": validation.budget.sets,
+        "samples": validation.budget.pictures,
+        "profile": profile,
+    }

@@ -114,5 +114,5 @@ def _cell(axis: Axes, x: int, y: int, effect: float, name: str, metric: str) -> 
                 fill=False,
                 ec=INK,
                 lw=1.6 if metric in case.own else 0.5,
-            )  # fmt: skip
+            )
         )
