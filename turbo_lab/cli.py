@@ -329,8 +329,8 @@ def _train_qwen(device: str, fresh: bool, options: dict[str, Any]) -> None:
     job = factory_plan.check(**options, device=place)
     if dry_run:
         typer.echo(factory_memory.described(job))
-    else:
-        _say(factory.train_with_progress(job, fresh=fresh))
+    elif (artefact := factory.train_with_progress(job, fresh=fresh)) is not None:
+        _say(artefact)
 
 
 def _say(artefact: Artefact) -> None:

@@ -7,6 +7,7 @@ the stage before and a fake are adapters on it; the teacher is the base with non
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from turbo_lab.atomic import atomic_write_text, save_tensors
-from turbo_lab.errors import BadInput
+from turbo_lab.errors import BadInput, MissingPiece
 from turbo_lab.factory_memory import check_memory, check_weights, free_memory
 from turbo_lab.factory_plan import Job, gans, has_before, rivals
 from turbo_lab.fit import Batch, Objective, Player, Record, Saving, Shadow, fit
@@ -22,8 +23,9 @@ from turbo_lab.gan_pieces import GanPieces
 from turbo_lab.history import TrainingHistory
 from turbo_lab.methods import METHODS
 from turbo_lab.methods.gan import mixed
-from turbo_lab.progress import progress
+from turbo_lab.progress import VARIABLE, progress
 from turbo_lab.qwen_gan import opened_eye, qwen_gan_pieces
+from turbo_lab.ranks import ALONE, Ranks, joined
 from turbo_lab.recipes.models import Pairs
 from turbo_lab.recipes.qwen_image import PASS_TOKENS, QwenRecipe, QwenStage
 from turbo_lab.recipes.qwen_models import QwenGan
@@ -54,42 +56,76 @@ Supply = Callable[[int, Draw], Batch]
 
 
 def trained(
-    job: Job, *, store: Store | None = None, fresh: bool = False, watch: Watch | None = None
+    job: Job,
+    *,
+    store: Store | None = None,
+    fresh: bool = False,
+    watch: Watch | None = None,
+    ranks: Ranks = ALONE,
 ) -> Artefact:
     """Return the artefact of a training: from the store, else trained now.
 
     Each stage is an artefact with ``weights.safetensors`` (the averaged adapter, float32, named as
     PEFT does), ``history.jsonl`` and ``recipe.json``; one with a fake score keeps that one too, in
     ``rivals.safetensors``. A killed run continues from its last checkpoint, bit for bit; so do its
-    caches. ``fresh`` trains again, from the same caches.
+    caches. ``fresh`` trains again, from the same caches. Of several processes (``ranks``), which
+    have to see the same store, each trains on its rows of every batch, and the first alone writes.
 
     Raises:
         MissingPiece: weights are missing or damaged, or memory is short.
         NonFinite: a loss stopped being a number.
     """
     store, specs = store or Store.default(), job.specs()
-    if not fresh and (found := store.find(job.artefact, specs[-1])):
-        return found
+    if ranks.agreed(not fresh and store.find(job.artefact, specs[-1]) is not None):
+        return _written(store, job, specs[-1])
     check_memory(job, free_memory(job.device))
     check_weights(job)
     bench = cache(partial(_bench, job, store))
     made: Artefact | None = None
     for k, spec in enumerate(specs):
-        make = partial(_make, job, k, store, bench, made, watch or _unwatched)
-        made = store.get_or_make(job.artefact, spec, make, fresh=fresh)
+        train = partial(_train, job, k, store, bench, made, watch or _unwatched, ranks)
+        if ranks.writes:
+            store.get_or_make(job.artefact, spec, partial(_lead, ranks, train), fresh=fresh)
+        _follow(ranks, train)
+        made = _written(store, job, spec)
     assert made is not None
     return made
 
 
-def train_with_progress(job: Job, *, fresh: bool = False, store: Store | None = None) -> Artefact:
-    """`trained`, with progress shown."""
+def _lead(ranks: Ranks, train: Callable[[Path | None], None], folder: Path) -> None:
+    """Make the artefact, and have the other processes train along."""
+    ranks.agreed(True)
+    train(folder)
+
+
+def _follow(ranks: Ranks, train: Callable[[Path | None], None]) -> None:
+    """Train along, if there is something to train, until the first process has its artefact."""
+    while ranks.agreed(False):
+        train(None)
+
+
+def _written(store: Store, job: Job, spec: Mapping[str, Any]) -> Artefact:
+    found = store.find(job.artefact, spec)
+    if found is None:
+        raise MissingPiece(f"{job.artefact} is not in the store of every process: share one cache.")
+    return found
+
+
+def train_with_progress(
+    job: Job, *, fresh: bool = False, store: Store | None = None
+) -> Artefact | None:
+    """`trained`, with progress shown, by all processes of a launcher; the first alone gets it."""
+    ranks = joined(job.device)
+    if not ranks.writes:
+        os.environ[VARIABLE] = "off"
     total = sum(stage.steps for stage in job.recipe.stages)
     with progress(total, f"training {job.recipe.name}") as tick:
 
         def watch(record: Record, done: int) -> None:
             tick(done, f"loss {sum(record.terms.values()):.3f}")
 
-        return trained(job, store=store, fresh=fresh, watch=watch)
+        artefact = trained(job, store=store, fresh=fresh, watch=watch, ranks=ranks)
+    return artefact if ranks.writes else None
 
 
 def _unwatched(record: Record, done: int) -> None:
@@ -246,24 +282,26 @@ def _players(recipe: QwenRecipe, testbed: QwenImage) -> dict[str, Player]:
     }
 
 
-def _make(
+def _train(
     job: Job,
     k: int,
     store: Store,
     opened: Callable[[], Bench],
     before: Artefact | None,
     watch: Watch,
-    folder: Path,
+    ranks: Ranks,
+    folder: Path | None,
 ) -> None:
-    """Train stage k from the artefact of the stage before it."""
-    bench, stage, spec = opened(), job.recipe.stages[k], job.specs()[k]
+    """Train stage k from the artefact of the stage before it; write it, where there is a folder."""
+    bench, stage = opened(), job.recipe.stages[k]
     if before is not None:
         _go_on(bench.players, stage, before)
-    work = store.workdir(job.artefact, spec)
-    lines = TrainingHistory(work / "history.jsonl", stage=k + 1)
-    earlier = sum(s.steps for s in job.recipe.stages[:k])
     seed = seed_for(job.recipe.seed, "stage", k) if k else job.recipe.seed
-    for record in fit(
+    work = store.workdir(job.artefact, job.specs()[k]) if folder else None
+    saving = None
+    if work is not None:
+        saving = Saving(checkpoints=Checkpoints(folder=work), every_seconds=SAVE_SECONDS)
+    records = fit(
         bench.objective(stage, seed),
         partial(bench.supply, seed),
         steps=stage.steps,
@@ -272,13 +310,30 @@ def _make(
         seed=seed,
         optimisers={name: rates.optimiser() for name, rates in stage.rates.items()},
         shadows=(Shadow(of="student", average=bench.players["average"], decay=stage.ema),),
-        saving=Saving(checkpoints=Checkpoints(folder=work), every_seconds=SAVE_SECONDS),
-    ):
-        lines.add(record, last=record.step == stage.steps)
+        saving=saving,
+        ranks=ranks,
+    )
+    lines = TrainingHistory(work / "history.jsonl", stage=k + 1) if work else None
+    earlier = sum(s.steps for s in job.recipe.stages[:k])
+    for record in records:
+        if lines is not None:
+            lines.add(record, last=record.step == stage.steps)
         watch(record, earlier + record.step)
-    save_tensors(folder, "weights.safetensors", bench.players["average"].state_dict())
+    if folder is not None and lines is not None:
+        _write(folder, job, stage, bench.players, before, lines)
+
+
+def _write(
+    folder: Path,
+    job: Job,
+    stage: QwenStage,
+    players: Mapping[str, Player],
+    before: Artefact | None,
+    lines: TrainingHistory,
+) -> None:
+    save_tensors(folder, "weights.safetensors", players["average"].state_dict())
     if FAKE in stage.fields:
-        save_tensors(folder, RIVAL_FILE, bench.players[FAKE].state_dict())
+        save_tensors(folder, RIVAL_FILE, players[FAKE].state_dict())
     so_far = before.file("history.jsonl").read_text("utf-8") if before is not None else ""
     atomic_write_text(folder / "history.jsonl", so_far + lines.text())
     atomic_write_text(folder / "card.json", json.dumps({"model": job.bundle.model}))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from turbo_lab.errors import BadInput, NonFinite
+from turbo_lab.ranks import ALONE, Ranks
 from turbo_lab.store import Checkpoints
 from turbo_lab.streams import Draw
 
@@ -135,6 +136,7 @@ class _Run:
     optimisers: Mapping[str, Optimiser]
     shadows: Sequence[Shadow]
     steps: int
+    ranks: Ranks = ALONE
     step: int = 0
     adam: dict[str, torch.optim.AdamW] = field(default_factory=dict)
 
@@ -155,6 +157,7 @@ class _Run:
         """Clip, step and average one player; return its gradient norm before clipping."""
         adam, plan = self.adam[name], self.optimisers[name]
         parameters = [p for group in adam.param_groups for p in group["params"]]
+        self.ranks.add_gradients(parameters)
         norm = float(nn.utils.clip_grad_norm_(parameters, plan.clip))
         for group in adam.param_groups:
             group["lr"] = plan.rate(self.step, self.steps)
@@ -209,6 +212,7 @@ def fit(
     shadows: Sequence[Shadow] = (),
     micro_batches: int = 1,
     saving: Saving | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Record]:
     """Train, yielding one `Record` per step; resume from the newest valid checkpoint.
 
@@ -217,12 +221,14 @@ def fit(
         batches: data for the rows of a `Draw` (a function of the step: nothing to store).
         steps: rounds in all, at least 1; each turn acts when the round is a multiple of
             its ``every``.
-        batch_size: samples per turn, at least 1.
+        batch_size: samples per turn over all processes, at least 1 for each.
         seed: base seed of everything drawn.
         optimisers: one per player that moves.
         shadows: averages to keep.
         micro_batches: parts a batch is split into (gradients are accumulated).
-        saving: checkpoints; without it a killed run starts again.
+        saving: checkpoints; without it a killed run starts again. Of several processes the first
+            one's counts, and what it resumes from is handed to the others.
+        ranks: the processes that share every batch.
 
     Raises:
         BadInput: a number is out of range, or a moving player has no optimiser.
@@ -231,12 +237,19 @@ def fit(
     """
     turns = objective.turns()
     _check(turns, objective, steps, batch_size, optimisers, micro_batches)
+    ranks.check(batch_size)
     run = _Run(
-        players=objective.players, optimisers=optimisers, shadows=tuple(shadows), steps=steps
+        players=objective.players,
+        optimisers=optimisers,
+        shadows=tuple(shadows),
+        steps=steps,
+        ranks=ranks,
     )
+    saving = saving if ranks.writes else None
     newest = saving.checkpoints.latest() if saving else None
-    if newest is not None:
-        run.load(newest[0], newest[1])
+    resumed = ranks.handed(None if newest is None else newest[:2])
+    if resumed is not None:
+        run.load(*resumed)
     saved_step, saved_at = run.step, time.monotonic()
     with _signals() as signalled:
         while run.step < steps:
@@ -249,11 +262,13 @@ def fit(
                 or run.step % saving.every_steps == 0
                 or now - saved_at >= saving.every_seconds
             )
-            if saving is not None and (due or signalled):
+            stopped = ranks.any(bool(signalled))  # all of them, after the same step
+            if saving is not None and (due or stopped):
                 saving.checkpoints.save(run.step, run.tensors(), {"steps": steps, "seed": seed})
                 saved_step, saved_at = run.step, time.monotonic()
-            if signalled:
-                _leave(signalled[0], run.step, saving is not None)
+            if stopped:
+                number = signalled[0] if signalled else signal.SIGTERM
+                _leave(number, run.step, saving is not None)
             yield Record(step=run.step, terms=terms, norms=norms, seconds=now - began)
 
 
@@ -274,14 +289,17 @@ def _round(
             continue
         run.freeze_all_but(turn.moves)
         draw = Draw(seed=seed, step=run.step, total=batch_size, stream=turn.name)
-        for rows in _split(draw, micro_batches):
+        own: dict[str, float] = {}
+        for rows in _split(draw, micro_batches, run.ranks):
             losses = turn.loss(batches(rows), rows)
             for name, loss in losses.items():
                 key = f"{turn.name}/{name}"
-                terms[key] = terms.get(key, 0.0) + float(loss.detach().sum()) / batch_size
-                _finite(terms[key], f"loss term {key!r}", run.step, saved_step)
+                own[key] = own.get(key, 0.0) + float(loss.detach().sum()) / batch_size
             total = torch.stack([loss.sum() for loss in losses.values()]).sum()
             (total / batch_size).backward()
+        for key, value in run.ranks.added(own).items():  # one that fails alone would leave the rest
+            terms[key] = value
+            _finite(value, f"loss term {key!r}", run.step, saved_step)
         for name in turn.moves:
             norms[name] = run.update(name)
             _finite(norms[name], f"gradient norm of {name!r}", run.step, saved_step)
@@ -291,9 +309,12 @@ def _round(
     return terms, norms
 
 
-def _split(draw: Draw, parts: int) -> Iterator[Draw]:
-    for start, stop in pairwise(draw.total * k // parts for k in range(parts + 1)):
-        yield draw.rows(start, stop)
+def _split(draw: Draw, micro_batches: int, ranks: Ranks) -> Iterator[Draw]:
+    """The rows of this process, in parts."""
+    first, last = ranks.rows(draw.total)
+    parts = ranks.parts(draw.total, micro_batches)
+    for start, stop in pairwise((last - first) * k // parts for k in range(parts + 1)):
+        yield draw.rows(first + start, first + stop)
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
