@@ -105,6 +105,9 @@ def train(
     ] = None,
     size: Annotated[int, typer.Option(help="qwen_image: pixels of the square pictures.")] = 0,
     rank: Annotated[int, typer.Option(help="qwen_image: of the adapters.")] = 0,
+    column: Annotated[
+        str, typer.Option(help="qwen_image: of a csv, jsonl or parquet file of prompts.")
+    ] = "",
     vit: Annotated[
         str, typer.Option(help="qwen_image: weights of the critic's DINO: hub, random or a file.")
     ] = "",
@@ -120,7 +123,7 @@ def train(
     chosen = {
         **{"recipe": recipe, "model": model, "prompts": prompts, "images": images},
         **{"size": size, "rank": rank, "dry_run": dry_run, "keep_activations": keep_activations},
-        **{"vit": vit},
+        **{"vit": vit, "column": column},
     }
     options = {option: value for option, value in chosen.items() if value}
     if name == "qwen_image":

@@ -15,7 +15,15 @@ from turbo_lab.recipes.qwen_image import ADAPTER, QwenRecipe, resolve_qwen
 from turbo_lab.recipes.qwen_models import QwenGan
 from turbo_lab.testbeds.qwen_data import read_prompts
 from turbo_lab.testbeds.qwen_files import DEFAULT_MODEL, Bundle, dtype_on, located
-from turbo_lab.testbeds.qwen_pictures import file_hash, find_images
+from turbo_lab.testbeds.qwen_pictures import check_pictures, file_hash, find_images
+from turbo_lab.testbeds.qwen_sources import (
+    TABLES,
+    Picture,
+    Shards,
+    is_sharded,
+    read_column,
+    read_shards,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +44,7 @@ class Job:
     recipe: QwenRecipe
     bundle: Bundle
     prompts: tuple[str, ...]
-    images: tuple[Path, ...] = ()
+    images: tuple[Picture, ...] = ()
     device: str = "cpu"
     keep_activations: bool = False
     vit: str = HUB
@@ -86,14 +94,17 @@ def check(
     device: str = "cpu",
     keep_activations: bool = False,
     vit: str = "",
+    column: str = "",
 ) -> Job:
     """Resolve a training and check all of it but the memory; nothing is loaded or written.
 
     Args:
         recipe: name of a recipe, see `turbo_lab.recipes.qwen_image.QWEN_RECIPES`.
         model: folder of a pipeline, or its id on a hub.
-        prompts: text file, one prompt per line.
-        images: folder of pictures; the k-th by name goes with the k-th prompt.
+        prompts: text file, one prompt per line, or a csv, jsonl or parquet table; None where tar
+            shards have captions.
+        images: folder of pictures, a tar shard, or a folder of these; the k-th by name goes with
+            the k-th prompt.
         size: pixels of the square pictures, a multiple of 16.
         profile: smoke, quick or paper.
         seed: of the training.
@@ -101,6 +112,7 @@ def check(
         device: cpu or cuda.
         keep_activations: see `Job`.
         vit: see `Job`; empty for ``hub``.
+        column: of a table, where it is not ``prompt``.
 
     Raises:
         BadInput: a value is not allowed, or a file is not what it should be.
@@ -110,10 +122,8 @@ def check(
         recipe, size=size, profile=profile, seed=seed, rank=rank, images=images is not None
     )
     _check_vit(vit, resolved)
-    if prompts is None:
-        raise BadInput("prompts", None, "name a text file with one prompt per line")
-    texts = read_prompts(prompts)
-    files = () if images is None else find_images(images, size=size)
+    files, captions = _pictures(images, size)
+    texts = _texts(prompts, column, captions)
     if files and len(files) != len(texts):
         needs = f"there are {len(files)} images; write one prompt for each, in the order of names"
         raise BadInput("prompts", f"{len(texts)} prompts", needs)
@@ -127,6 +137,29 @@ def check(
         keep_activations=keep_activations,
         vit=vit or HUB,
     )
+
+
+def _pictures(images: Path | None, size: int) -> tuple[tuple[Picture, ...], tuple[str, ...]]:
+    """Pictures that have been checked, and the captions that came with them."""
+    if images is None:
+        return (), ()
+    if not is_sharded(images):
+        return find_images(images, size=size), ()
+    shards: Shards = read_shards(images)
+    check_pictures(shards.pictures, size=size)
+    return shards.pictures, shards.captions
+
+
+def _texts(prompts: Path | None, column: str, captions: tuple[str, ...]) -> tuple[str, ...]:
+    if prompts is None and captions:
+        return captions
+    if prompts is None:
+        raise BadInput("prompts", None, "name a text file with one prompt per line, or a table")
+    if prompts.suffix in TABLES:
+        return read_column(prompts, column)
+    if column:
+        raise BadInput("column", column, f"{prompts.name} is no table of {', '.join(TABLES)}")
+    return read_prompts(prompts)
 
 
 def _check_vit(vit: str, recipe: QwenRecipe) -> None:

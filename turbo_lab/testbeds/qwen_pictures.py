@@ -16,8 +16,7 @@ from turbo_lab.errors import BadInput
 from turbo_lab.store import Store
 from turbo_lab.testbeds.qwen_data import PER_SHARD, Make, Rows, cached_rows, chunks, release
 from turbo_lab.testbeds.qwen_files import Bundle, load_vae
-
-IMAGES = (".jpeg", ".jpg", ".png", ".webp")
+from turbo_lab.testbeds.qwen_sources import IMAGES, Picture, opened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,33 +59,45 @@ def find_images(folder: Path, *, size: int) -> tuple[Path, ...]:
         BadInput: there is no such folder, no image in it, or one that cannot be read or is smaller
             than ``size`` pixels on a side.
     """
-    from PIL import Image, UnidentifiedImageError
-
     kinds = ", ".join(IMAGES)
     if not folder.is_dir():
         raise BadInput("images", str(folder), f"name a folder with {kinds} files")
     files = tuple(sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGES))
     if not files:
         raise BadInput("images", str(folder), f"it holds none of {kinds}")
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                sides = image.size
-        except (OSError, UnidentifiedImageError):
-            raise BadInput("images", str(file), "it is no image that can be read") from None
-        if min(sides) < size:
-            shape = f"it has {sides[0]} x {sides[1]} pixels, and both must be at least {size}"
-            raise BadInput("images", str(file), shape)
+    check_pictures(files, size=size)
     return files
 
 
-def file_hash(file: Path) -> str:
+def check_pictures(pictures: Sequence[Picture], *, size: int) -> None:
+    """Refuse pictures that cannot be read, or are smaller than ``size`` pixels on a side.
+
+    Raises:
+        BadInput: naming the first of them.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    for picture in pictures:
+        try:
+            with opened(picture) as raw, Image.open(raw) as image:
+                sides = image.size
+        except (OSError, UnidentifiedImageError):
+            raise BadInput("images", str(picture), "it is no image that can be read") from None
+        if min(sides) < size:
+            shape = f"it has {sides[0]} x {sides[1]} pixels, and both must be at least {size}"
+            raise BadInput("images", str(picture), shape)
+
+
+def file_hash(file: Picture) -> str:
     """Return the SHA-256 of a file."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    with opened(file) as raw:
+        # What its annotation asks for is more than what it uses.
+        return hashlib.file_digest(raw, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-def encoded(bundle: Bundle, files: Sequence[Path], *, size: int, store: Store, device: str) -> Rows:
+def encoded(
+    bundle: Bundle, files: Sequence[Picture], *, size: int, store: Store, device: str
+) -> Rows:
     """Return the latents ``[16, size/8, size/8]`` of images, from the store.
 
     Args:
@@ -107,19 +118,19 @@ def encoded(bundle: Bundle, files: Sequence[Path], *, size: int, store: Store, d
     return rows
 
 
-def _encoder_of(bundle: Bundle, device: str, files: Sequence[Path], size: int) -> Make:
+def _encoder_of(bundle: Bundle, device: str, files: Sequence[Picture], size: int) -> Make:
     codec = Codec(vae=load_vae(bundle, device))
     return lambda numbers: {
         k: codec.encode(centre_square(files[k], size)[None])[0].cpu() for k in numbers
     }
 
 
-def centre_square(file: Path, size: int) -> Tensor:
+def centre_square(file: Picture, size: int) -> Tensor:
     """Read an image: its central square, resized, as ``[3, size, size]`` in [-1, 1]."""
     import numpy as np
     from PIL import Image, ImageOps
 
-    with Image.open(file) as opened:
-        image = ImageOps.exif_transpose(opened).convert("RGB")
+    with opened(file) as raw, Image.open(raw) as stored:
+        image = ImageOps.exif_transpose(stored).convert("RGB")
     square = ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
