@@ -109,7 +109,9 @@ def test_prompts_are_a_column(tmp_path: Path) -> None:
         read_column(tmp_path / "none.csv")
     (tmp_path / "bad.jsonl").write_text("{")
     for wrong in ("bad.jsonl", "nowhere.csv"):
-        with pytest.raises(BadInput, match=r"name a \.csv, \.jsonl, \.parquet file that can be read"):
+        with pytest.raises(
+            BadInput, match=r"name a \.csv, \.jsonl, \.parquet file that can be read"
+        ):
             read_column(tmp_path / wrong)
 
 
