@@ -23,6 +23,7 @@ from turbo_lab.dino.supervised import CeilingRecipe, ceiling, labels
 from turbo_lab.dino.views import Crops, hide, salient, windows
 from turbo_lab.errors import BadInput
 from turbo_lab.fit import Batch, Optimiser, fit
+from turbo_lab.keys import key_of
 from turbo_lab.postcards import Caption, draw_scenes, render
 from turbo_lab.postcards.captions import ARMS, GROUNDS, LEGS
 from turbo_lab.store import CACHE_VARIABLE, Artefact, Store
@@ -255,7 +256,7 @@ def test_train_dino_is_a_name_of_the_command_line(
 ) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     recipe = tiny_recipe()
-    monkeypatch.setattr(lab.dino, "dino_recipe", lambda profile, *, seed: recipe)
+    monkeypatch.setattr(lab.dino, "RECIPES", {"dino": lambda profile, *, seed: recipe})
     said = CliRunner().invoke(app, ["train", "dino", "--profile", "smoke", "--device", "cpu"])
     assert said.exit_code == 0 and said.output.startswith("postcards/dino  ")
     assert Store(cache=tmp_path).find("postcards/dino", recipe.spec()) is not None
@@ -263,12 +264,21 @@ def test_train_dino_is_a_name_of_the_command_line(
 
 def test_recipes_refuse_what_is_not_allowed() -> None:
     for wrong, name in (({"profile": "fast"}, "profile='fast'"), ({"seed": -1}, "seed=-1")):
-        with pytest.raises(BadInput, match=name):
-            dino.dino_recipe(**wrong)
+        for make in dino.RECIPES.values():
+            with pytest.raises(BadInput, match=name):
+                make(**wrong)
     with pytest.raises((BadInput, ValueError), match="heads"):
         VitSize(width=10, heads=4)
     with pytest.raises(BadInput, match="blocks"):
         dino.random_features(size=TINY, blocks=(1, 0))
+
+
+def test_the_recipe_of_the_critics_has_kept_its_key_and_both_are_what_their_specs_say() -> None:
+    assert key_of(dino.dino_recipe().spec()) == "56bf738ef84f"  # students and notebook 05 know it
+    for name, make in dino.RECIPES.items():
+        recipe = make("quick", seed=3)
+        assert recipe.name == name and recipe.artefact == f"postcards/{name}"
+        assert DinoRecipe.model_validate(recipe.spec()) == recipe
 
 
 # --- features -----------------------------------------------------------------------------------

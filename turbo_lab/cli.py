@@ -83,7 +83,10 @@ def refresh(only: OnlyOption = None, jobs: JobsOption = 0) -> None:
 @app.command()
 def train(
     name: Annotated[
-        str, typer.Argument(help="A recipe on postcards, such as teacher; dino; or qwen_image.")
+        str,
+        typer.Argument(
+            help="A recipe on postcards, such as teacher; dino, dino-local; or qwen_image."
+        ),
     ],
     profile: ProfileOption = "quick",
     seed: SeedOption = 0,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from turbo_lab.dino.net import VitSize, spawn_vit
-from turbo_lab.dino.views import Crops, hide
+from turbo_lab.dino.views import Cutter, hide
 from turbo_lab.fit import Batch, Player, Turn
 from turbo_lab.streams import Draw, seed_for
 
@@ -161,7 +161,7 @@ class Dino:
 
     student: Pupil
     teacher: Teacher
-    crops: Sequence[Crops]
+    crops: Sequence[Cutter]
     steps: int
     student_temperature: float = 0.1
     teacher_temperature: float = 0.04

@@ -5,7 +5,7 @@ Nothing is resized or mirrored: a digit stays a digit, grain its grain.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -28,6 +28,13 @@ class Views(NamedTuple):
     second: Tensor  # [B, 3, wide, wide]
     covered: Tensor  # [B, M] long, indices of tokens
     narrow: tuple[Tensor, ...]  # each [B, 3, narrow, narrow]
+
+
+class Cutter(Protocol):
+    """What cuts views."""
+
+    def cut(self, x: Tensor, draw: Draw) -> Views:
+        """Cut views of pictures ``[B, 3, 32, 32]``, the rows of a draw."""
 
 
 class Crops(BaseModel):
@@ -67,14 +74,14 @@ class Crops(BaseModel):
         """Cut views of pictures ``[B, 3, 32, 32]``, the rows of a draw."""
         free = SIZE - self.wide
         first = salient(x, self.wide, draw.uniform("first"), self.sharpness)
-        moved = _places(draw.sub("second"), 2 * self.reach) - self.reach
+        moved = places(draw.sub("second"), 2 * self.reach) - self.reach
         second = (first + moved).clamp(0, free)
         names = [f"narrow {k}" for k in range(self.locals)]
-        narrow = (first + _places(draw.sub(name), self.wide - self.narrow) for name in names)
+        narrow = (first + places(draw.sub(name), self.wide - self.narrow) for name in names)
         return Views(
             first=self._lit(windows(x, first, self.wide), draw.sub("first")),
             second=self._lit(windows(x, second, self.wide), draw.sub("second")),
-            covered=_covered(draw, (self.wide // PATCH) ** 2, self.covered),
+            covered=tokens_covered(draw, (self.wide // PATCH) ** 2, self.covered),
             narrow=tuple(
                 self._lit(windows(x, place, self.narrow), draw.sub(name))
                 for name, place in zip(names, narrow, strict=True)
@@ -84,15 +91,24 @@ class Crops(BaseModel):
     def _lit(self, x: Tensor, draw: Draw) -> Tensor:
         """Take the colour of some, change contrast, brightness and every pixel a little."""
         if self.grey:
-            luminance = torch.einsum("bchw,c->bhw", x, x.new_tensor(LUMA))[:, None]
-            bare = (draw.uniform("grey") < self.grey).to(x.device)
-            x = torch.where(bare[:, None, None, None], luminance.expand_as(x), x)
-        contrast, brightness = (
-            ((2 * draw.uniform(name) - 1) * self.light).to(x)[:, None, None, None]
-            for name in ("contrast", "brightness")
-        )
-        grain = draw.normal("noise", x.shape[1:]).to(x)
-        return x * (1 + contrast) + brightness + self.noise * grain
+            x = greyed(x, draw.uniform("grey") < self.grey)
+        return lit(x, draw, light=self.light, noise=self.noise)
+
+
+def greyed(x: Tensor, which: Tensor) -> Tensor:
+    """Take the colour of those views ``x [B, 3, H, W]`` that ``which [B]`` names."""
+    luminance = torch.einsum("bchw,c->bhw", x, x.new_tensor(LUMA))[:, None]
+    return torch.where(which.to(x.device)[:, None, None, None], luminance.expand_as(x), x)
+
+
+def lit(x: Tensor, draw: Draw, *, light: float, noise: float) -> Tensor:
+    """Change contrast, brightness and every pixel of ``x [B, C, H, W]`` a little."""
+    contrast, brightness = (
+        ((2 * draw.uniform(name) - 1) * light).to(x)[:, None, None, None]
+        for name in ("contrast", "brightness")
+    )
+    grain = draw.normal("noise", x.shape[1:]).to(x)
+    return x * (1 + contrast) + brightness + noise * grain
 
 
 def windows(x: Tensor, places: Tensor, size: int) -> Tensor:
@@ -135,11 +151,11 @@ def salient(x: Tensor, size: int, uniform: Tensor, sharpness: float) -> Tensor:
     return torch.stack([index // columns, index % columns], dim=1)
 
 
-def _places(draw: Draw, free: int) -> Tensor:
+def places(draw: Draw, free: int) -> Tensor:
     """Places ``[rows, 2]`` uniform in 0 .. free."""
     return torch.stack([draw.integers(axis, free + 1) for axis in ("row", "column")], dim=1)
 
 
-def _covered(draw: Draw, tokens: int, count: int) -> Tensor:
+def tokens_covered(draw: Draw, tokens: int, count: int) -> Tensor:
     """``count`` different tokens ``[rows, count]`` of each picture."""
     return draw.normal("cover", (tokens,)).argsort(dim=1)[:, :count]
