@@ -352,6 +352,8 @@ def test_tables_and_ratios_are_counts_of_wrong_answers(tmp_path: Path) -> None:
     ratios = dict(dino_probe.error_ratios(found))
     assert ratios["digits"].value == pytest.approx(0.2) and ratios["digits"].high < 0.5
     assert ratios["hue"].value == pytest.approx(0.75) and ratios["hue"].high > 0.5
+    back = dict(dino_probe.error_ratios(found, ours="random", than="dino"))
+    assert back["digits"].value == pytest.approx(5.0)
     rows = dino_probe.table(found).set_index(["network", "target"])
     one = rows.loc[("random", "first digit")]
     assert one["value"] == 0.5 and one["low"] < 0.5 < one["high"]

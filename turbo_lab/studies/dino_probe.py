@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from turbo_lab.claims import Interval, bootstrap, wilson
-from turbo_lab.dino import dino_features, dino_recipe, random_features
+from turbo_lab.dino import dino_features, dino_recipe, local_recipe, random_features
 from turbo_lab.dino.net import tapped
 from turbo_lab.dino.supervised import TARGETS, ceiling, ceiling_recipe, labels
 from turbo_lab.features import VitFeatures
@@ -38,6 +38,9 @@ NETWORKS: Mapping[str, str] = {
     "ceiling": "trained on the labels",
 }
 """Networks of the table, all of one architecture, and their titles."""
+PIECES = "pieces"
+TITLES: Mapping[str, str] = {**NETWORKS, PIECES: "mini-DINO of pieces"}
+"""Also of the mini-DINO that no critic looks through, see `with_pieces`."""
 BARS = ("digits", "hue")
 """What the error must be halved on, see `error_ratios`."""
 RIDGES = (1e-4, 1e-3, 1e-2)
@@ -79,6 +82,12 @@ def networks(*, store: Store | None = None, seed: int = 0) -> dict[str, VitFeatu
         "dino": dino_features(store),
         "ceiling": tapped(ceiling(ceiling_recipe(), store=store)),
     }
+
+
+def with_pieces(*, store: Store | None = None, seed: int = 0) -> dict[str, VitFeatures]:
+    """`networks`, and the mini-DINO of `turbo_lab.dino.local_recipe`, for the same table."""
+    pieces = dino_features(store, recipe=local_recipe())
+    return {**networks(store=store, seed=seed), PIECES: pieces}
 
 
 def keys() -> tuple[str, ...]:
@@ -208,20 +217,27 @@ def wide(rows: pd.DataFrame) -> pd.DataFrame:
         f"{100 * r.value:.1f} [{100 * r.low:.1f}, {100 * r.high:.1f}]" for r in rows.itertuples()
     ]
     shown = rows.assign(text=text).pivot(index="network", columns="target", values="text")
-    shown = shown.loc[[n for n in NETWORKS if n in shown.index], list(TARGETS)]
-    return shown.rename(index=NETWORKS)
+    shown = shown.loc[[n for n in TITLES if n in shown.index], list(TARGETS)]
+    return shown.rename(index=TITLES)
 
 
-def error_ratios(found: Probed) -> Iterator[tuple[str, Interval]]:
-    """Error of the mini-DINO over that of random weights, paired by scene: ``digits``, ``hue``.
+def error_ratios(
+    found: Probed, *, ours: str = "dino", than: str = "random"
+) -> Iterator[tuple[str, Interval]]:
+    """Error of one network over that of another, paired by scene: ``digits``, ``hue``.
 
     Digits are both digits together.
+
+    Args:
+        found: with both networks.
+        ours: the mini-DINO.
+        than: the random weights.
     """
     names = list(TARGETS)
     for name, targets in zip(BARS, (("first digit", "second digit"), ("hue",)), strict=True):
         picked = [names.index(target) for target in targets]
-        ours, theirs = (found.wrong[n][picked].sum(0) for n in ("dino", "random"))
-        yield name, bootstrap(ours, theirs, statistic=_ratio)
+        ours_wrong, theirs_wrong = (found.wrong[n][picked].sum(0) for n in (ours, than))
+        yield name, bootstrap(ours_wrong, theirs_wrong, statistic=_ratio)
 
 
 def _ratio(ours: np.ndarray, theirs: np.ndarray) -> float:
