@@ -13,9 +13,11 @@ from turbo_lab import dino
 from turbo_lab.dino.distil import HeadSize
 from turbo_lab.dino.net import VitSize
 from turbo_lab.dino.transplants import Transplants, planted
+from turbo_lab.errors import BadInput
 from turbo_lab.postcards import draw_scenes, render
 from turbo_lab.store import Store
 from turbo_lab.streams import Draw
+from turbo_lab.studies import dino_probe
 
 TRANSPLANTS = Transplants(wide=12, piece=6, shift=0, light=0.0, noise=0.0, grey=0.0)
 
@@ -50,6 +52,11 @@ def test_two_transplants_share_their_piece_and_lie_in_two_other_pictures() -> No
         first, second = views.first[row, :, a : a + 6, b : b + 6], views.second[row]
         assert torch.equal(first, second[:, c : c + 6, d : d + 6])
     assert len(set(seats)) > 6  # anywhere
+
+
+def test_a_piece_larger_than_its_window_is_refused() -> None:
+    with pytest.raises((BadInput, ValueError), match="piece"):
+        Transplants(wide=8, piece=9)
 
 
 def test_a_drift_keeps_the_two_seats_near_each_other() -> None:
@@ -100,3 +107,17 @@ def test_a_training_on_transplants_runs_and_says_finite_losses(tmp_path: Path) -
         watch=lambda record: losses.append(sum(record.terms.values())),
     )
     assert len(losses) == 2 and all(math.isfinite(loss) and loss > 0 for loss in losses)
+
+
+def test_digits_are_read_from_aligned_pieces_and_not_where_pieces_show_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A random network reads the window that shows a sign, and guesses from one of the ground."""
+    monkeypatch.setattr(dino_probe, "RIDGES", (1e-2,))
+    still = {"coloured": 0.0, "grey": 0.0, "light": 0.0, "noise": 0.0}
+    nets = {"random": dino.random_features(size=VitSize(width=16, depth=1, heads=2))}
+    budget = dino_probe.Budget(fit=400, test=200)
+    for piece, low, high in ((8, 0.0, 0.75), (2, 0.8, 1.0)):
+        crops = Transplants(wide=8, piece=piece, **still)
+        (found,) = dino_probe.digits_in_views(nets, crops, budget=budget).values()
+        assert low <= sum(found) / 2 <= high

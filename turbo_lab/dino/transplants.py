@@ -1,18 +1,19 @@
 """Views of a small piece of a postcard, set anywhere into windows of other postcards.
 
-Two windows of one picture are known for one by the grain of its ground, and a digit is learnt late
-or never. Here all that two views share is the piece, at another place in each: what they have in
-common is what is painted on it. Label-free, as every view.
+Two windows of one picture are known for one by the grain of its ground. Here all that two views
+share is the piece, at another place in each. Where the piece was cut is shared as well, unless
+``shift`` hides it. Label-free, as every view.
 """
 
 from __future__ import annotations
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from turbo_lab.dino.net import PATCH
 from turbo_lab.dino.views import Views, greyed, lit, places, salient, tokens_covered, windows
+from turbo_lab.errors import BadInput
 from turbo_lab.postcards import SIZE
 from turbo_lab.streams import Draw
 
@@ -25,7 +26,7 @@ class Transplants(BaseModel):
 
     Args:
         wide: pixels of a side of the two views, a multiple of 4.
-        piece: pixels of a side of what they share.
+        piece: pixels of a side of what they share, at most ``wide``.
         sharpness: of the draw of pieces by brightness, see `salient`: signs.
         coloured: share of the pieces that are drawn by colour instead: garments.
         chroma: sharpness of that draw.
@@ -42,7 +43,7 @@ class Transplants(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     wide: int = Field(12, ge=PATCH, le=SIZE, multiple_of=PATCH)
-    piece: int = Field(8, ge=1, le=SIZE)
+    piece: int = Field(8, ge=2, le=SIZE)
     sharpness: float = Field(12.0, ge=0, le=20)
     coloured: float = Field(0.3, ge=0, le=1)
     chroma: float = Field(4.0, ge=0, le=20)
@@ -52,6 +53,12 @@ class Transplants(BaseModel):
     light: float = Field(0.05, ge=0, lt=1)
     noise: float = Field(0.1, ge=0)
     grey: float = Field(0.5, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Transplants:
+        if self.piece > self.wide:
+            raise BadInput("piece", self.piece, f"use at most the window's {self.wide} pixels")
+        return self
 
     @property
     def covered(self) -> int:

@@ -8,7 +8,7 @@ the stream ``select``, its ridge chosen there on a fifth that is held out; error
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +22,14 @@ from turbo_lab.claims import Interval, bootstrap, wilson
 from turbo_lab.dino import dino_features, dino_recipe, local_recipe, random_features
 from turbo_lab.dino.net import tapped
 from turbo_lab.dino.supervised import TARGETS, ceiling, ceiling_recipe, labels
+from turbo_lab.dino.transplants import Transplants
 from turbo_lab.features import VitFeatures
 from turbo_lab.figures import ACCENT, SECOND, SOFT, style
 from turbo_lab.keys import key_of
 from turbo_lab.postcards import draw_scenes, render
 from turbo_lab.progress import progress
 from turbo_lab.store import Store
+from turbo_lab.streams import Draw
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -116,6 +118,39 @@ def probed(nets: Mapping[str, VitFeatures], *, budget: Budget = Budget(), seed: 
                 tick(k * len(TARGETS) + j + 1, name)
             wrong[name] = np.stack(rows)
     return Probed(wrong=wrong, budget=budget)
+
+
+def digits_in_views(
+    nets: Mapping[str, VitFeatures], crops: Transplants, *, budget: Budget = Budget(), seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Error rates of the first and the second digit, read from views instead of whole pictures.
+
+    Tells a network that cannot read from one that cannot find.
+
+    Args:
+        nets: by name, see `networks`.
+        crops: how views are cut; the first of each two is read.
+        budget: how much is probed.
+        seed: of scenes and views.
+    """
+    (x, y), (x_test, y_test) = (
+        _scenes(stream, n, seed) for stream, n in (("select", budget.fit), ("eval", budget.test))
+    )
+    seen, asked = (
+        crops.cut(part, Draw(seed=seed, step=step, total=len(part))).first
+        for step, part in enumerate((x, x_test))
+    )
+    places = [list(TARGETS).index(name) for name in ("first digit", "second digit")]
+    wrong = {}
+    for name, net in nets.items():
+        net = replace(net, size=crops.wide)
+        known, new = pooled(net, seen), pooled(net, asked)
+        first, second = (
+            float((answered(known, y[:, j], new, answers=10) != y_test[:, j]).float().mean())
+            for j in places
+        )
+        wrong[name] = (first, second)
+    return wrong
 
 
 # --- the protocol -------------------------------------------------------------------------------
