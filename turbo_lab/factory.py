@@ -23,6 +23,7 @@ from turbo_lab.gan_pieces import GanPieces
 from turbo_lab.history import TrainingHistory
 from turbo_lab.methods import METHODS
 from turbo_lab.methods.gan import mixed
+from turbo_lab.methods.transition import spawn_latent_head
 from turbo_lab.progress import VARIABLE, progress
 from turbo_lab.qwen_gan import opened_eye, qwen_gan_pieces
 from turbo_lab.ranks import ALONE, Ranks, joined
@@ -43,7 +44,7 @@ from turbo_lab.testbeds.qwen_data import (
 from turbo_lab.testbeds.qwen_image import QwenImage, open_testbed
 from turbo_lab.testbeds.qwen_pictures import encoded
 
-FAKE = "fake"
+FAKE, HEAD = "fake", "head"
 RIVAL_FILE = "rivals.safetensors"
 """The fake score as it was when its student was finished, in case a stage goes on from it."""
 SAVE_SECONDS = 600.0
@@ -272,14 +273,23 @@ def _drawn(job: Job, testbed: QwenImage, pairs: Pairs, store: Store) -> Supply:
 
 
 def _players(recipe: QwenRecipe, testbed: QwenImage) -> dict[str, Player]:
-    """The adapters of a recipe, all of them starting as the base."""
+    """The adapters of a recipe, all starting as the base, and a head if one is asked for."""
     student = testbed.spawn("student", recipe.adapter, seed=recipe.seed)
     copies = ("average", "before") if has_before(recipe) else ("average",)
     return {
         "student": student,
         **{name: testbed.host.copy(student, name) for name in copies},
         **{name: testbed.spawn(name, recipe.adapter, seed=recipe.seed) for name in rivals(recipe)},
+        **_head(recipe, testbed),
     }
+
+
+def _head(recipe: QwenRecipe, testbed: QwenImage) -> dict[str, Player]:
+    """The small network of transition matching; a prompt's number is all that it hears of it."""
+    if not any(HEAD in stage.fields for stage in recipe.stages):
+        return {}
+    sizes = {"channels": testbed.shape[0], "vocabulary": testbed.prompts, "tokens": 1}
+    return {HEAD: spawn_latent_head(**sizes, seed=recipe.seed).to(testbed.device)}
 
 
 def _train(

@@ -9,6 +9,7 @@ and guided; padding and mask are made where the network is called.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +111,11 @@ class QwenImage:
     def shape(self) -> tuple[int, int, int]:
         """Of one latent: channels, height, width."""
         return (CHANNELS, self.size // SCALE, self.size // SCALE)
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts there are."""
+        return int(cast(QwenNet, self.host.net).prompts.n)
 
     @property
     def null(self) -> Tensor:
