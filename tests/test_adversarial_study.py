@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 from small_lab import quick_study, small_student
 from torch import Tensor
 
-from turbo_lab import explore, measure
+from turbo_lab import explore_gan, measure
 from turbo_lab.lab import Lab
 from turbo_lab.postcards import Scenes, draw_scenes, render
 from turbo_lab.recipes import student_recipe
@@ -173,19 +173,50 @@ def test_figures_are_drawn(comparison: Comparison) -> None:
         assert isinstance(figure, Figure)
 
 
+def test_the_explorer_shows_the_nearest_student_that_there_is_and_says_which() -> None:
+    for family, one in AGAINST.items():
+        own = explore_gan.settings(family)
+        if one.loss == "hinge":  # no knob for it: it is the main one but for its loss
+            assert family not in explore_gan.on_knobs() and explore_gan.nearest(own) == GAN
+            continue
+        assert explore_gan.nearest(own) == family
+        assert "exactly" in explore_gan.said(own, family)
+    main = explore_gan.settings(GAN)
+    both = {**main, "features": "dino", "rho": 1.0}
+    assert explore_gan.nearest(both, "features") == "gan-dino"
+    assert explore_gan.nearest(both, "rho") == "gan-rho-1"
+    assert explore_gan.nearest(both, "balance") in ("gan-dino", "gan-rho-1")
+    words = explore_gan.said(both, "gan-dino")
+    assert "without rho 1," in words and "rho 0.5" in words and "mini-DINO" in words
+    all_three = {**both, "balance": 2.0}
+    assert explore_gan.nearest(all_three, "balance") == "gan-balance-2"
+
+
+def test_every_knob_offers_what_some_student_has() -> None:
+    for knob in explore_gan.KNOBS:
+        main = explore_gan.settings(GAN)
+        for value in explore_gan.values(knob):
+            wanted = {**main, knob: value}
+            assert explore_gan.settings(explore_gan.nearest(wanted)) == wanted
+    assert explore_gan.values("rho") == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
 def test_the_explorer_draws_with_and_without(
     bench: Lab, comparison: Comparison, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         "turbo_lab.lab.student_recipe", lambda *a, **k: small_student(bench, *a, **k)
     )
-    changes = {"features": {GAN: "main", "gan-pixels": "pixels"}}
-    box = explore.gan_explorer(bench, changes, control=CONTROL, noises=2)
+    box = explore_gan.gan_explorer(bench, noises=2)
     knobs, shown = box.children
+    features, rho, balance, seed, *_ = knobs.children
     picture, note = shown.children
-    assert bytes(picture.value).startswith(b"\x89PNG") and "features: main" in note.value
+    assert bytes(picture.value).startswith(b"\x89PNG") and "exactly" in note.value
+    assert (features.value, rho.value, balance.value) == ("teacher", 0.5, 0.5)
     before = bytes(picture.value)
-    knobs.children[0].value = "gan-pixels"  # one step apart: hardly another picture
-    assert "features: pixels" in note.value
-    knobs.children[1].value = 7
+    rho.value = 0.0
+    assert "exactly" in note.value and "rho 0," in note.value
+    features.value = "pixels"
+    assert "without rho 0," in note.value and "features pixels" in note.value
+    seed.value = 7
     assert bytes(picture.value) != before

@@ -64,12 +64,16 @@ class Against:
         )
 
 
-_LOOKS: Mapping[Looks, str] = {
-    "dino": "mini-DINO",
-    "fake": "taps of the fake score",
-    "pixels": "pixels",
-    "random": "random ViT",
-}
+LOOKS: Mapping[Looks, str] = MappingProxyType(
+    {
+        "teacher": "taps of the teacher",
+        "dino": "mini-DINO",
+        "fake": "taps of the fake score",
+        "pixels": "pixels",
+        "random": "random ViT",
+    }
+)
+"""What a critic may look through, and its title."""
 
 MAIN = Against(title="+ GAN")
 AGAINST: Mapping[str, Against] = MappingProxyType(
@@ -77,7 +81,8 @@ AGAINST: Mapping[str, Against] = MappingProxyType(
         "gan": MAIN,
         **{
             f"gan-{name}": replace(MAIN, features=name, title=title)
-            for name, title in _LOOKS.items()
+            for name, title in LOOKS.items()
+            if name != MAIN.features
         },
         **{
             f"gan-rho-{rho:g}": replace(MAIN, rho=rho, title=f"rho {rho:g}")

@@ -20,7 +20,7 @@ from turbo_lab.lab import Lab, Samples, Sampling
 from turbo_lab.postcards import Scenes, draw_scenes, render
 from turbo_lab.progress import progress
 from turbo_lab.recipes import Profile, student_recipe
-from turbo_lab.recipes.adversarial import AGAINST, CONTROL, START
+from turbo_lab.recipes.adversarial import AGAINST, CONTROL, LOOKS, START
 from turbo_lab.recipes.warm import STEPS
 from turbo_lab.studies import matching
 from turbo_lab.studies.distribution import SOURCE
@@ -246,7 +246,7 @@ def groups() -> dict[str, dict[str, str]]:
     """Families of each ablation with their labels; the main student is in all of them."""
     main = AGAINST[GAN]
     changes: dict[str, tuple[Callable[[Any], Any], Callable[[Any], str]]] = {
-        "features": (lambda a: a.features, _looks),
+        "features": (lambda a: a.features, lambda a: LOOKS[a.features]),
         "share of real data": (lambda a: a.rho, lambda a: f"rho {a.rho:g}"),
         "weight": (lambda a: a.balance, lambda a: f"balance {a.balance:g}"),
         "loss": (lambda a: a.loss, lambda a: str(a.loss)),
@@ -257,17 +257,6 @@ def groups() -> dict[str, dict[str, str]]:
         ordered = sorted(own, key=lambda n: value(own[n]))
         out[title] = {n: label(own[n]) + (" (main)" if n == GAN else "") for n in ordered}
     return out
-
-
-def _looks(against: Any) -> str:
-    names = {
-        "teacher": "taps of the teacher",
-        "fake": "taps of the fake score",
-        "dino": "mini-DINO",
-        "pixels": "pixels",
-        "random": "random ViT",
-    }
-    return names[against.features]
 
 
 def scramble_table(comparison: Comparison) -> pd.DataFrame:

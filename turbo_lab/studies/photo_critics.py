@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,6 +34,8 @@ from turbo_lab.lab import Lab
 from turbo_lab.postcards.captions import null_tokens
 from turbo_lab.progress import progress
 from turbo_lab.recipes import Gan
+from turbo_lab.recipes.adversarial import LOOKS as ALL_LOOKS
+from turbo_lab.recipes.adversarial import Looks
 from turbo_lab.streams import Draw
 from turbo_lab.studies.matching import claim_row
 from turbo_lab.studies.photo_textures import (
@@ -48,14 +50,8 @@ from turbo_lab.studies.photo_textures import (
 from turbo_lab.testbeds.photos import Photos
 from turbo_lab.testbeds.postcards import encode
 
-Looks = Literal["pixels", "random", "dino", "teacher"]
 LOOKS: Mapping[Looks, str] = MappingProxyType(
-    {
-        "pixels": "pixels",
-        "random": "random ViT",
-        "dino": "mini-DINO",
-        "teacher": "taps of the teacher",
-    }
+    {name: ALL_LOOKS[name] for name in ("pixels", "random", "dino", "teacher")}
 )
 """Features, and their titles. The taps of a fake score begin as those of the teacher."""
 TASKS = ("blurred", "phases scrambled")
