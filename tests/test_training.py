@@ -15,7 +15,7 @@ from turbo_lab.fit import Record
 from turbo_lab.methods.flow import FlowMatching
 from turbo_lab.path import time_grid
 from turbo_lab.postcards import caption_tokens
-from turbo_lab.recipes import RECIPES, Rates, Recipe, trajectory
+from turbo_lab.recipes import RECIPES, Rates, Recipe, trajectory, turbo
 from turbo_lab.recipes.adversarial import AGAINST, CONTROL
 from turbo_lab.recipes.distribution import VARIANTS
 from turbo_lab.recipes.warm import STARTS
@@ -130,17 +130,18 @@ def test_a_second_stage_starts_from_the_first_and_is_an_artefact_of_its_own(
 
 
 AGAIN = {"warm", "warm-second-0.5", "dmd2-2-second-0.5", "gan", CONTROL}
+MANY = {turbo.TURBO, CONTROL}
 ONCE = {"teacher", *(f"dmd2-2-{name}" for name in VARIANTS), *STARTS, *AGAINST} - AGAIN
-SLOW = set(AGAINST) - {"gan"}
+SLOW = {*AGAINST, *turbo.RECIPES} - {"gan", turbo.TURBO}
 SHIPPED = [
     pytest.param(
         name, seed, marks=[pytest.mark.slow] if seed or name in SLOW else [], id=f"{name}-{seed}"
     )
     for name in RECIPES
-    for seed in ((0,) if name in ONCE else range(3))
+    for seed in ((0,) if name in ONCE else range(6 if name in MANY else 3))
 ]
 """Every recipe with the seeds that are shipped; one of each is replayed by the unit suite, but for
-the GAN's ablations."""
+the GAN's ablations and the rungs below turbo."""
 
 
 @pytest.mark.parametrize(("name", "seed"), SHIPPED)

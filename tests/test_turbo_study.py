@@ -134,6 +134,19 @@ def test_the_teacher_with_its_chroma_moved_is_half_as_far_again(ladder: Ladder) 
     assert scaled.value("chroma_w1", at) == pytest.approx(1.5 * teacher.value("chroma_w1", at))
 
 
+def test_bars_are_of_turbo_and_relative_to_the_teacher(bench: Lab, ladder: Ladder) -> None:
+    teacher = ladder.plain[turbo.TEACHER][0]
+    found = {
+        name: (value, limit) for name, value, _, limit in turbo_claims.bars(bench, teacher, seeds=2)
+    }
+    assert len(found) == 6 and found["turbo.hue_kl"][1] == pytest.approx(0.1)
+    ours = np.mean([f.values["whole_body"].mean() for f in ladder.found[TURBO]])
+    gap = found["turbo.whole_body_minus_teacher"][0]
+    assert gap.value == pytest.approx(
+        ours - ladder.found[turbo.TEACHER][0].values["whole_body"].mean()
+    )
+
+
 def test_a_picture_fails_in_the_way_it_was_broken() -> None:
     scenes = draw_scenes("eval", range(8))
     images = render(scenes)

@@ -293,6 +293,14 @@ def speed() -> Iterator[Bar]:
         yield _rate(name, ratio, limit)
 
 
+def turbo_quality() -> Iterator[Bar]:
+    """The 2-step turbo student, mean over its trainings, beside its teacher at 40 steps."""
+    from turbo_lab.studies.turbo_claims import bars
+
+    for name, interval, side, limit in bars(_lab(), _teacher_samples()):
+        yield Bar(name=name, value=interval.value, side=side, limit=limit, interval=interval)
+
+
 def training_step() -> Iterator[Bar]:
     """Steps with a guided teacher, as multiples of their network passes alone.
 
@@ -360,6 +368,7 @@ BARS: Mapping[str, Callable[[], Iterator[Bar]]] = MappingProxyType(
         "dino": mini_dino,
         "factory": factory,
         "speed": speed,
+        "turbo": turbo_quality,
         "bench": training_step,
         "bench.memory": shared_base,
     }

@@ -15,7 +15,7 @@ from turbo_lab.atomic import save_tensors
 from turbo_lab.bench.passes import Pass, counted_passes
 from turbo_lab.errors import BadInput
 from turbo_lab.fit import Batch, Objective, Record, Shadow, fit
-from turbo_lab.recipes import RECIPES, Rates, Recipe, Stage, resolve
+from turbo_lab.recipes import RECIPES, Rates, Recipe, Stage, resolve, turbo
 from turbo_lab.store import Store
 from turbo_lab.streams import Draw
 from turbo_lab.testbeds.postcards import LATENT_SHAPE, spawn_net, train_batch
@@ -42,20 +42,22 @@ def cases(only: str = "", *, batch_size: int = BATCH_SIZE) -> tuple[Recipe, ...]
     """
     if not 1 <= batch_size <= 1024:
         raise BadInput("batch_size", batch_size, "use an integer from 1 to 1024")
-    students = [r for r in map(resolve, RECIPES) if r.teacher is not None]
+    # The ladder's stages are those of others, only longer.
+    names = [name for name in RECIPES if name not in turbo.RECIPES]
+    students = [r for r in map(resolve, names) if r.teacher is not None]
     rates = {"student": Rates(lr=1e-3, warmup=20)}
     unit = Stage(method="flow", steps=1, batch_size=batch_size, rates=rates, ema=0.99)
     found = [students[0].model_copy(update={"name": UNIT, "stages": (unit,)})]
     found += [case for student in students for case in _kinds(student, batch_size)]
-    names = {case.name for case in found}
+    known = {case.name for case in found}
     kept = [
         case
         for case in found
-        if case.name.startswith(only) and len(_varied(case.name, names)) < max(1, len(only))
+        if case.name.startswith(only) and len(_varied(case.name, known)) < max(1, len(only))
     ]
     if not kept:
-        known = ", ".join(case.name for case in found)
-        raise BadInput("only", only, f"begin one of {known}")
+        choice = ", ".join(case.name for case in found)
+        raise BadInput("only", only, f"begin one of {choice}")
     return (found[0], *(case for case in kept if case is not found[0]))
 
 

@@ -71,6 +71,7 @@ RECIPES: Mapping[str, Callable[[Profile, int], Recipe]] = MappingProxyType(
         **distribution.RECIPES,
         **warm.RECIPES,
         **adversarial.RECIPES,
+        **turbo.RECIPES,
     }
 )
 

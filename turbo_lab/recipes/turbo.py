@@ -121,4 +121,3 @@ RECIPES: Mapping[str, Callable[[Profile, int], Recipe]] = MappingProxyType(
         **{name: partial(turbo, name=name) for name in RUNGS},
     }
 )
-"""By name. Not among `turbo_lab.recipes.RECIPES` before they are trained and shipped."""

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from turbo_lab.claims import Claim, Interval, Side
+from turbo_lab.lab import Lab, Samples
 from turbo_lab.recipes.turbo import TURBO
+from turbo_lab.recipes.warm import STEPS
 from turbo_lab.studies.distribution import SOURCE
-from turbo_lab.studies.every_metric import METRICS, Found, difference, interval
+from turbo_lab.studies.every_metric import METRICS, Found, difference, find, interval, reference
 from turbo_lab.studies.matching import claim_row
-from turbo_lab.studies.turbo import COLD, NOTEBOOK, TEACHER, TITLES, WARM, Ladder, pairs
+from turbo_lab.studies.students import draw_students
+from turbo_lab.studies.textures import TEXTURES
+from turbo_lab.studies.turbo import (
+    BUDGETS,
+    COLD,
+    NOTEBOOK,
+    TEACHER,
+    TITLES,
+    WARM,
+    Ladder,
+    pairs,
+)
 
 
 def claims(ladder: Ladder, *, profile: str) -> list[Claim]:
@@ -65,10 +78,14 @@ def _quality(ladder: Ladder) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _scaled(ladder: Ladder) -> list[Found]:
-    """The teacher, with distances of its chroma to real half as large again."""
     (teacher,) = ladder.found[TEACHER]
+    return [looser(teacher)]
+
+
+def looser(teacher: Found) -> Found:
+    """The teacher, with the distance of its chroma to real half as large again."""
     real = teacher.real.cdf
-    return [replace(teacher, cdf=real + 1.5 * (teacher.cdf - real))]
+    return replace(teacher, cdf=real + 1.5 * (teacher.cdf - real))
 
 
 _INGREDIENTS: tuple[tuple[str, str, str, Side, str], ...] = (
@@ -97,3 +114,30 @@ def _ingredients(ladder: Ladder) -> Iterator[tuple[str, dict[str, Any]]]:
         title = f"{METRICS[metric].title}, minus those of {TITLES[rival].strip()}"
         statement = f"the 2-step student {said}"
         yield rival, claim_row(id_, statement, title, _gap(ladder, metric, rival), side, 0.0)
+
+
+def bars(
+    lab: Lab, teacher: Samples, *, seeds: int = BUDGETS["quick"].most
+) -> Iterator[tuple[str, Interval, Literal["at least", "at most"], float]]:
+    """Name, value with its interval, and the limit of each bar of the turbo student.
+
+    Bars that are relative to the teacher are differences from it on the same captions and noise.
+
+    Args:
+        lab: with the teacher.
+        teacher: its samples for the captions.
+        seeds: trainings of the student.
+    """
+    scenes, real = teacher.scenes, reference(4096)
+    drawn = draw_students(lab, [(TURBO, STEPS, k) for k in range(seeds)], captions=len(scenes))
+    ours = [find(one.images, scenes, real) for one in drawn.samples.values()]
+    theirs = [find(teacher.images, scenes, real)]
+    yield "turbo.signs_read", interval(ours, "sign_read"), "at least", 0.97
+    bodies = difference(ours, theirs, "whole_body")
+    yield "turbo.whole_body_minus_teacher", bodies, "at least", -0.05
+    yield "turbo.hue_kl", interval(ours, "hue_kl"), "at most", 0.10
+    chroma = difference(ours, [looser(theirs[0])], "chroma_w1")
+    yield "turbo.chroma_w1_minus_1.5_teacher", chroma, "at most", 0.0
+    for ground in TEXTURES:
+        gap = difference(ours, theirs, f"{ground}_patches")
+        yield f"turbo.{ground}_patches_minus_teacher", gap, "at most", 0.0
