@@ -167,7 +167,7 @@ def test_tables_and_figures_are_drawn(ladder: Ladder, tmp_path: Path) -> None:
     told = json.loads(turbo.save_headline(ladder, rows, tmp_path).read_text())
     assert [row["nfe"] for row in told["rows"]] == [None, 80, 4, 2, 2, 2, 2, 2]
     shown = readme.rendered(readme.Headline.model_validate(told))
-    assert shown.count("\n| ") == 1 + 8 and "ladder.png" in shown
+    assert shown.count("\n| ") == 1 + 8 and "pictures.png" in shown
     assert set(turbo.failures(ladder).index) == set(turbo.FAILURES.values())
     assert list(turbo.wide(ladder, rows, "sign_read").index) == list(turbo.TITLES.values())
     frames = turbo_figures.path_frames(

@@ -52,10 +52,10 @@ RUNGS: Mapping[str, Rung] = MappingProxyType(
     {
         "dmd2-more": Rung(title="DMD2", start="cold"),
         TURBO: Rung(title="PCM, DMD2 + GAN: turbo", against=MAIN),
-        "turbo-cold": Rung(title="  no warm start", start="cold", against=MAIN),
-        "turbo-teacher-data": Rung(title="  no real data", against=replace(MAIN, rho=0.0)),
-        "turbo-random": Rung(title="  no DINO", against=replace(MAIN, features="random")),
-        "turbo-small": Rung(title="  small weight", against=replace(MAIN, balance=0.125)),
+        "turbo-cold": Rung(title="no warm start", start="cold", against=MAIN),
+        "turbo-teacher-data": Rung(title="no real data", against=replace(MAIN, rho=0.0)),
+        "turbo-random": Rung(title="no DINO", against=replace(MAIN, features="random")),
+        "turbo-small": Rung(title="small weight", against=replace(MAIN, balance=0.125)),
     }
 )
 """Students that go on from DMD2, cold or warm; PCM and DMD2 without a GAN term is `CONTROL`."""

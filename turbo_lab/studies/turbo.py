@@ -91,7 +91,7 @@ MANY = (TURBO, WARM)
 BUDGETS: Mapping[str, Budget] = MappingProxyType(
     {
         "smoke": Budget(captions=32, seeds=1, most=1, prompts=2, noises=3, real=128, swaps=19),
-        "quick": Budget(captions=160, seeds=3, most=6),
+        "quick": Budget(captions=160, seeds=3, most=6, swaps=299),
         "paper": Budget(captions=1024, seeds=6, most=6, prompts=32, real=8192, swaps=9999),
     }
 )
@@ -321,7 +321,7 @@ def headline(ladder: Ladder, rows: pd.DataFrame) -> dict[str, Any]:
 def save_headline(ladder: Ladder, rows: pd.DataFrame, folder: Path) -> Path:
     """Write ``headline.json``, of which the README's table is made, atomically."""
     path = folder / "headline.json"
-    told = {**headline(ladder, rows), "figure": "ladder"}
+    told = {**headline(ladder, rows), "figure": "pictures"}
     atomic_write_text(path, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
     return path
 
@@ -340,7 +340,7 @@ def failures(ladder: Ladder) -> pd.DataFrame:
     out = {}
     for rung in (TURBO, TEACHER):
         of = ladder.found[rung]
-        out[TITLES[rung].strip()] = {
+        out[TITLES[rung]] = {
             title: float(np.mean([failed(found, kind).mean() for found in of]))
             for kind, title in FAILURES.items()
         }

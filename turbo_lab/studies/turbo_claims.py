@@ -111,7 +111,7 @@ _INGREDIENTS: tuple[tuple[str, str, str, Side, str], ...] = (
 
 def _ingredients(ladder: Ladder) -> Iterator[tuple[str, dict[str, Any]]]:
     for id_, rival, metric, side, said in _INGREDIENTS:
-        title = f"{METRICS[metric].title}, minus those of {TITLES[rival].strip()}"
+        title = f"{METRICS[metric].title}, minus those of {TITLES[rival]}"
         statement = f"the 2-step student {said}"
         yield rival, claim_row(id_, statement, title, _gap(ladder, metric, rival), side, 0.0)
 

@@ -58,7 +58,7 @@ def pictures(ladder: Ladder, *, count: int = 10, seed: int = 0) -> Figure:
             own = images[min(seed, len(images) - 1)][:count]
             charts.judged_sheet(axis, charts.judged(own), columns=count)
             axis.set_anchor("W")
-            label = f"{TITLES[rung].strip()}\n{ladder.nfe(rung):g} NFE"
+            label = f"{TITLES[rung]}\n{ladder.nfe(rung):g} NFE"
             axis.set_ylabel(label, rotation=0, ha="right", va="center", labelpad=6, fontsize=8)
     return figure
 
@@ -112,7 +112,7 @@ def differences(tests: pd.DataFrame) -> Figure:
             axis.locator_params(axis="x", nbins=3)
             axis.set_title(METRICS[metric].title, fontsize=8)
             axis.grid(axis="y", color=SOFT, alpha=0.2)
-        labels = [f"against {TITLES[rival].strip()}" for rival in RIVALS]
+        labels = [f"against {TITLES[rival]}" for rival in RIVALS]
         axes[0].set_yticks(range(len(RIVALS)), labels, fontsize=8)
         axes[0].invert_yaxis()
     return figure
