@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from turbo_lab.bench import qwen, qwen_nets, qwen_parts, qwen_whole
+from turbo_lab.bench import qwen, qwen_nets, qwen_parts, qwen_round, qwen_whole
 from turbo_lab.bench.qwen import Report, file_for, lines, main
 from turbo_lab.bench.qwen_nets import FULL, TINY, Place
 from turbo_lab.bench.qwen_parts import Row, Setup, measured
 from turbo_lab.bench.qwen_round import Round, round_flops
-from turbo_lab.qwen_counts import Work
+from turbo_lab.qwen_counts import Work, decode_counts
+from turbo_lab.recipes.qwen_image import resolve_qwen
 from turbo_lab.schedules import published
 
 CPU = Place.on("cpu")
@@ -26,7 +27,7 @@ CPU = Place.on("cpu")
 def no_compiler_and_no_garbage() -> Iterator[None]:
     """What takes most of the time of tiny networks and has tests of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (qwen, qwen_parts, qwen_whole):
+        for module in (qwen, qwen_parts, qwen_round, qwen_whole):
             patch.setattr(module, "free", lambda: None)
         patch.setattr(qwen_parts, "compiled", lambda decoder, backend: decoder)
         yield
@@ -77,6 +78,16 @@ def test_a_cycle_of_training_is_one_step_of_the_student_and_two_of_the_fake(
     record: dict[str, Any],
 ) -> None:
     assert "3 gradient" in row(record, "training", "dmd2 64 px")["note"]
+
+
+def test_a_critic_looks_at_both_sides_each_turn_and_the_student_once(
+    record: dict[str, Any],
+) -> None:
+    """Two turns of the critic, each with a sample and a real picture; one that leads to x."""
+    found, alone = (row(record, "training", f"{n} 64 px") for n in ("dmd2 and gan", "dmd2"))
+    assert found["note"].endswith("critic: 4 forward, 1 gradient")
+    assert "3 gradient;" in found["note"]  # the student's pass serves both terms
+    assert found["tflop"] > alone["tflop"] and found["over_floor"] > 0
 
 
 def test_rows_know_how_far_they_are_from_their_floor(record: dict[str, Any]) -> None:
@@ -198,6 +209,31 @@ def test_a_trained_pass_is_counted_as_its_products() -> None:
         TINY.model, Round(size=256, batch=2, text=64), {"forward": 0, "gradient": 1}
     )
     assert again == once + forward
+
+
+def test_a_look_of_the_critic_decodes_a_square_and_sees_it() -> None:
+    """Against the count from settings: the decoder's, and 24 d² n L + 4 n² d L of its eye's.
+
+    A gradient takes as much again as the products, and what is decoded twice on top.
+    """
+    work = Work(height=64, width=64)
+    setup = Setup(settings=TINY, place=CPU, work=work, row=published("wuli-2"))
+    gan = qwen_round.stages(setup, 64)["dmd2 and gan"].gan
+    assert gan is not None and (gan.crop, gan.view) == (8, 32)
+    critic = qwen_round.Critic.on(setup, Round(size=64), gan)
+    forward, gradient = (critic.flops((16, 8, 8), {mode: 1.0}) for mode in ("forward", "gradient"))
+    assert not sum(critic.looks.values())  # counting is no look
+    decoding = decode_counts(TINY.model.vae, work)["collapsed"].flops
+    d, n, blocks = 192, 2 * 2 + 1, 2
+    seen = 24 * d**2 * n * blocks + 4 * n**2 * d * blocks + 2 * (n - 1) * 3 * 16**2 * d
+    assert forward == decoding + seen
+    assert 2 * forward < gradient < 2 * forward + decoding
+
+
+def test_a_batch_is_split_as_the_recipes_split_theirs() -> None:
+    for size in (512, 1024, 1328):
+        stage = resolve_qwen("dmd2-2", size=size).stages[0]
+        assert Round(size=size, batch=stage.batch_size).micro_batches == stage.micro_batches
 
 
 # --- random networks ----------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from turbo_lab.testbeds.qwen_data import (
     pair_batch,
     prompt_batch,
 )
+from turbo_lab.testbeds.qwen_files import load_vae
 from turbo_lab.testbeds.qwen_image import QwenImage, open_testbed
 from turbo_lab.testbeds.qwen_pictures import encoded
 
@@ -226,7 +227,7 @@ def _bench(job: Job, store: Store) -> Bench:
             gan,
             real=supplies.real(gan, seed),
             players={**players, "teacher": testbed.host.bare},
-            bundle=job.bundle,
+            vae=partial(load_vae, job.bundle, job.device),
             eye=eyes.get(gan),
             seed=seed,
             device=place,

@@ -8,7 +8,7 @@ through the same decoder, real images included: what the VAE adds to a picture i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +27,6 @@ from turbo_lab.heads import FeatureCritic, Head, spawn_heads
 from turbo_lab.methods.gan import Batches, as_it_is
 from turbo_lab.recipes.qwen_models import QwenGan
 from turbo_lab.streams import Draw
-from turbo_lab.testbeds.qwen_files import Bundle, load_vae
 from turbo_lab.vae_decode import Decoder, picture_decoder
 
 
@@ -89,7 +88,7 @@ def qwen_gan_pieces(
     *,
     real: Batches,
     players: Mapping[str, Player],
-    bundle: Bundle,
+    vae: Callable[[], Any],
     eye: VitFeatures | None,
     seed: int,
     device: str,
@@ -100,20 +99,19 @@ def qwen_gan_pieces(
         gan: what the recipe says.
         real: the critic's real side, latents.
         players: the plain ``teacher``, and a ``fake`` where there is one, for taps.
-        bundle: its VAE is loaded for a critic that looks at pictures, and its decoder kept.
+        vae: loads the VAE for a critic that looks at pictures; its decoder is kept.
         eye: see `opened_eye`; None for taps.
         seed: of the heads.
         device: where all of it runs.
 
     Raises:
         BadInput: a block that is not there.
-        MissingPiece: the VAE is not complete.
     """
     features: Features
     if gan.features == "dino":
         assert eye is not None
         eye.net.to(device)
-        features, decoder = eye, picture_decoder(load_vae(bundle, device))
+        features, decoder = eye, picture_decoder(vae())
         show: Any = Crops(decoder=decoder, side=gan.crop, change=augmented(gan.augment))
     else:
         features, show = block_taps(cast(Worn, players[gan.features]), gan.blocks or None), as_it_is
