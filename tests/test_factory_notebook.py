@@ -13,7 +13,7 @@ from turbo_lab import explore
 from turbo_lab.errors import BadInput
 from turbo_lab.lab import Lab
 from turbo_lab.qwen_workshop import TINY_SIZE, Workshop, workshop
-from turbo_lab.studies import factory_claims, factory_network, factory_pictures
+from turbo_lab.studies import factory_claims, factory_network, factory_pictures, factory_recipes
 from turbo_lab.studies.factory_claims import STATED, Equality
 from turbo_lab.studies.factory_pictures import Budget, LastTimes
 
@@ -68,6 +68,36 @@ def test_what_is_counted_is_the_stated_size() -> None:
     assert factory_claims.network_parameters() / 1e9 == pytest.approx(STATED, abs=0.01)
     parts = factory_network.parts_table()
     assert len(parts) > 3 and factory_network.turbo_sum().notna().all(axis=None)
+
+
+def test_the_factorys_turbo_is_shown_stage_by_stage_with_its_critic() -> None:
+    stages = factory_recipes.resolved(["turbo"])
+    assert list(stages.index) == [("turbo", k) for k in (1, 2, 3)]
+    assert "critic 0.002" in stages["rates"].iloc[-1]
+    critics = factory_recipes.critics(["pcm", "turbo"])
+    assert list(critics.index) == [("turbo", 3)]
+    assert critics["decoded"].iloc[0] == "256 px" and critics["real images"].iloc[0] == "0%"
+
+
+def test_memory_at_full_size_follows_from_ranks_and_widths() -> None:
+    """Of 14 layers with inputs and outputs of 50 widths in all, 60 blocks, at rank 64.
+
+    Student, fake and average are worn; the first two have moments, one at a time gradients.
+    """
+    plan = factory_recipes.memory(["dmd2-2", "turbo"])
+    adapter = 64 * 50 * 3072 * 60
+    assert plan["dmd2-2"].to_dict() == {
+        "text encoder, freed before": 16.58,
+        "frozen base": 40.86,
+        "adapters": round(3 * 4 * adapter / 1e9, 2),
+        "gradients": round(4 * adapter / 1e9, 2),
+        "optimiser": round(2 * 8 * adapter / 1e9, 2),
+        "critic": 0.0,
+        "training, all": round((2 * 20_430_401_088 + (12 + 4 + 16) * adapter) / 1e9, 2),
+    }
+    more = plan["turbo"] - plan["dmd2-2"]
+    assert 0 < more["critic"] < 1
+    assert more["training, all"] == pytest.approx(more["critic"], abs=0.01)
 
 
 def test_the_own_times_of_a_student_come_first(lasts: LastTimes) -> None:

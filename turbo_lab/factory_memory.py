@@ -14,7 +14,8 @@ from turbo_lab.errors import MissingPiece
 from turbo_lab.factory_plan import Job, gans, has_before, looks_at_pictures, rivals
 from turbo_lab.qwen_counts import TransformerSize
 from turbo_lab.qwen_gan import critic_bytes
-from turbo_lab.testbeds.qwen_files import counted_parameters, dtype_on
+from turbo_lab.recipes.qwen_models import QwenRecipe
+from turbo_lab.testbeds.qwen_files import Counts, counted_parameters, dtype_on
 
 RANKS = (64, 32, 16, 8, 4)
 """Ranks that are suggested where memory is short."""
@@ -51,31 +52,48 @@ class MemoryPlan:
 
 
 def memory_plan(job: Job) -> MemoryPlan:
-    """Count the bytes of a training from settings alone; no weights are read.
+    """Count the bytes of a training from settings alone; no weights are read."""
+    return planned(
+        job.recipe,
+        counted_parameters(job.bundle, job.recipe.adapter),
+        TransformerSize.of(job.bundle.config("transformer")),
+        each=torch.empty((), dtype=dtype_on(job.device)).element_size(),
+        encodes=bool(job.images),
+    )
+
+
+def planned(
+    recipe: QwenRecipe, counts: Counts, size: TransformerSize, *, each: int, encodes: bool
+) -> MemoryPlan:
+    """Count the bytes of a training from the sizes of its networks.
 
     Adapters, their gradients and both moments of AdamW are float32. One player has gradients at a
     time: `turbo_lab.fit` drops them after each turn.
+
+    Args:
+        recipe: what is trained.
+        counts: parameters.
+        size: of the transformer.
+        each: bytes of a frozen number.
+        encodes: whether there are real images.
     """
-    counts = counted_parameters(job.bundle, job.recipe.adapter)
-    each = torch.empty((), dtype=dtype_on(job.device)).element_size()
-    moving = 1 + len(rivals(job.recipe))
-    worn = moving + 1 + has_before(job.recipe)  # the average, and the stage before
+    moving = 1 + len(rivals(recipe))
+    worn = moving + 1 + has_before(recipe)  # the average, and the stage before
     return MemoryPlan(
         base=each * counts.transformer,
         adapters=4 * counts.adapter * worn,
         gradients=4 * counts.adapter,
         optimiser=8 * counts.adapter * moving,
         text_encoder=each * counts.text_encoder,
-        vae=each * counts.vae if job.images else 0,
-        critic=_critic_bytes(job, decoder=counts.vae, each=each),
+        vae=each * counts.vae if encodes else 0,
+        critic=_critic_bytes(recipe, size, decoder=counts.vae, each=each),
     )
 
 
-def _critic_bytes(job: Job, *, decoder: int, each: int) -> int:
+def _critic_bytes(recipe: QwenRecipe, size: TransformerSize, *, decoder: int, each: int) -> int:
     """Of the largest critic of the stages; one is dropped before the next is made."""
-    size = TransformerSize.of(job.bundle.config("transformer"))
     sizes = {"width": size.width, "depth": size.layers, "decoder": decoder, "each": each}
-    return max((critic_bytes(gan, **sizes) for gan in gans(job.recipe)), default=0)
+    return max((critic_bytes(gan, **sizes) for gan in gans(recipe)), default=0)
 
 
 def check_memory(job: Job, free: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Notebook 07's tables: the parts of Qwen-Image, and recipes that lead to a turbo adapter."""
+"""Notebook 07's tables: the parts of Qwen-Image, and what they do for pictures."""
 
 from __future__ import annotations
 
@@ -6,17 +6,9 @@ import pandas as pd
 
 from turbo_lab.qwen_counts import Model, Work, decode_counts, text_counts, transformer_counts
 from turbo_lab.qwen_plan import ENCODER, VAE
-from turbo_lab.recipes.qwen_image import QWEN_RECIPES
 
 SIZES = (1024, 2048)
 """Pixels of the squares whose FLOP the table shows."""
-TURBO = ("pcm-dmd2-2", "turbo")
-"""Recipes for two steps, with their stages; shown as far as they are there."""
-
-
-def recipes() -> list[str]:
-    """Names of `TURBO` that this package can resolve."""
-    return [name for name in TURBO if name in QWEN_RECIPES]
 
 
 def transformer_parts(model: Model) -> dict[str, int]:

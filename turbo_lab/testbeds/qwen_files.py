@@ -218,7 +218,7 @@ def counted_parameters(bundle: Bundle, adapter: AdapterSize) -> Counts:
         encoder = Qwen2_5_VLForConditionalGeneration(config)
     return Counts(
         transformer=_size(net),
-        adapter=_adapter_size(net, adapter),
+        adapter=adapter_parameters(net, adapter),
         text_encoder=_size(encoder),
         vae=_size(vae),
     )
@@ -228,8 +228,12 @@ def _size(net: nn.Module) -> int:
     return sum(parameter.numel() for parameter in net.parameters())
 
 
-def _adapter_size(net: nn.Module, adapter: AdapterSize) -> int:
-    """``rank (in + out)`` for every linear layer that a target names."""
+def adapter_parameters(net: nn.Module, adapter: AdapterSize) -> int:
+    """``rank (in + out)`` for every linear layer that a target names.
+
+    Raises:
+        BadInput: a target is no linear layer of the network.
+    """
     linears = {path: m for path, m in net.named_modules() if isinstance(m, nn.Linear)}
     total = 0
     for target in adapter.targets:
