@@ -104,6 +104,8 @@ def test_qwen_image_is_planned_without_a_gpu_and_trained(
     assert {"weights.safetensors", "recipe.json", "history.jsonl", "card.json"} <= {
         path.name for path in Path(folder).iterdir()
     }
+    small = CliRunner().invoke(app, [*command, "--storage", "fp8", "--device", "cpu"])
+    assert small.exit_code == 0 and "its base in fp8 was off by" in small.stdout
     gone = CliRunner().invoke(app, [*command, "--model", str(empty / "nowhere")])
     assert gone.exit_code == 1
     assert gone.stderr.startswith("turbo-lab: There is no pipeline")

@@ -114,6 +114,9 @@ def train(
     vit: Annotated[
         str, typer.Option(help="qwen_image: weights of the critic's DINO: hub, random or a file.")
     ] = "",
+    storage: Annotated[
+        str, typer.Option(help="qwen_image: fp8 keeps linear layers of the base in it.")
+    ] = "",
     keep_activations: Annotated[
         bool, typer.Option("--keep-activations", help="qwen_image: faster, and far more memory.")
     ] = False,
@@ -126,7 +129,7 @@ def train(
     chosen = {
         **{"recipe": recipe, "model": model, "prompts": prompts, "images": images},
         **{"size": size, "rank": rank, "dry_run": dry_run, "keep_activations": keep_activations},
-        **{"vit": vit, "column": column},
+        **{"vit": vit, "column": column, "storage": storage},
     }
     options = {option: value for option, value in chosen.items() if value}
     if name == "qwen_image":
@@ -337,6 +340,9 @@ def _train_qwen(device: str, fresh: bool, options: dict[str, Any]) -> None:
         typer.echo(factory_memory.described(job))
     elif (artefact := factory.train_with_progress(job, fresh=fresh)) is not None:
         _say(artefact)
+        if job.recipe.storage:
+            error = artefact.card["base_error"]
+            typer.echo(f"its base in {job.recipe.storage} was off by {error:.2e}")
 
 
 def _say(artefact: Artefact) -> None:

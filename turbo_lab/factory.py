@@ -14,6 +14,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from turbo_lab.atomic import atomic_write_text, save_tensors
 from turbo_lab.errors import BadInput, MissingPiece
 from turbo_lab.factory_memory import check_memory, check_weights, free_memory
@@ -26,12 +28,13 @@ from turbo_lab.methods.gan import mixed
 from turbo_lab.methods.transition import spawn_latent_head
 from turbo_lab.progress import VARIABLE, progress
 from turbo_lab.qwen_gan import opened_eye, qwen_gan_pieces
+from turbo_lab.qwen_storage import stored_with_error
 from turbo_lab.ranks import ALONE, Ranks, joined
 from turbo_lab.recipes.models import Pairs
 from turbo_lab.recipes.qwen_image import PASS_TOKENS, QwenRecipe, QwenStage
 from turbo_lab.recipes.qwen_models import QwenGan
 from turbo_lab.store import Artefact, Checkpoints, Store
-from turbo_lab.streams import Draw, seed_for
+from turbo_lab.streams import Draw, noise, seed_for
 from turbo_lab.testbeds.qwen_data import (
     PairPlan,
     Rows,
@@ -48,6 +51,8 @@ from turbo_lab.testbeds.qwen_pictures import encoded
 FAKE, HEAD = "fake", "head"
 RIVAL_FILE = "rivals.safetensors"
 """The fake score as it was when its student was finished, in case a stage goes on from it."""
+PROBED = 2
+"""Prompts that a base kept in fp8 is asked with, before and after."""
 SAVE_SECONDS = 600.0
 """Seconds between two checkpoints; one of a rank-64 student with a fake has some 17 GB."""
 
@@ -174,12 +179,16 @@ Critics = Callable[[QwenGan, int], GanPieces]
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What the stages of a training share: the loaded testbed, its players and the data."""
+    """What the stages of a training share: the loaded testbed, its players and the data.
+
+    ``base_error`` is how far the base moved by being kept in fewer bytes.
+    """
 
     testbed: QwenImage
     players: Mapping[str, Player]
     supply: Supply
     critics: Critics | None = None
+    base_error: float | None = None
 
     def objective(self, stage: QwenStage, seed: int = 0) -> Objective:
         """Build the method of a stage from the pieces it has fields for, in a GAN term if asked."""
@@ -221,6 +230,7 @@ def _bench(job: Job, store: Store) -> Bench:
     if not job.keep_activations:
         testbed.host.checkpointing()
     players = _players(recipe, testbed)
+    base_error = _kept_in_fp8(testbed) if recipe.storage else None
 
     def critics(gan: QwenGan, seed: int) -> GanPieces:
         return qwen_gan_pieces(
@@ -233,7 +243,23 @@ def _bench(job: Job, store: Store) -> Bench:
             device=place,
         )
 
-    return Bench(testbed=testbed, players=players, supply=supplies.of(recipe), critics=critics)
+    return Bench(
+        testbed=testbed,
+        players=players,
+        supply=supplies.of(recipe),
+        critics=critics,
+        base_error=base_error,
+    )
+
+
+def _kept_in_fp8(testbed: QwenImage) -> float:
+    """Round the base below its adapters, and return how far it moved, on some prompts' noise."""
+    net = testbed.host.net
+    numbers = range(min(PROBED, testbed.prompts))
+    x_t = noise(testbed.shape, seed=0, stream="storage", indices=numbers).to(testbed.device)
+    t = torch.full((len(x_t),), 0.5, device=testbed.device)
+    transformer = net.get_submodule(testbed.host.part)
+    return stored_with_error(testbed.plain, transformer, x_t, t, torch.tensor(list(numbers)))
 
 
 def _supplies(job: Job, testbed: QwenImage, latents: Rows | None, store: Store) -> Supplies:
@@ -331,23 +357,25 @@ def _train(
             lines.add(record, last=record.step == stage.steps)
         watch(record, earlier + record.step)
     if folder is not None and lines is not None:
-        _write(folder, job, stage, bench.players, before, lines)
+        _write(folder, job, stage, bench, before, lines)
 
 
 def _write(
     folder: Path,
     job: Job,
     stage: QwenStage,
-    players: Mapping[str, Player],
+    bench: Bench,
     before: Artefact | None,
     lines: TrainingHistory,
 ) -> None:
+    players = bench.players
     save_tensors(folder, "weights.safetensors", players["average"].state_dict())
     if FAKE in stage.fields:
         save_tensors(folder, RIVAL_FILE, players[FAKE].state_dict())
     so_far = before.file("history.jsonl").read_text("utf-8") if before is not None else ""
     atomic_write_text(folder / "history.jsonl", so_far + lines.text())
-    atomic_write_text(folder / "card.json", json.dumps({"model": job.bundle.model}))
+    error = {} if bench.base_error is None else {"base_error": bench.base_error}
+    atomic_write_text(folder / "card.json", json.dumps({"model": job.bundle.model, **error}))
 
 
 def _go_on(players: Mapping[str, Player], stage: QwenStage, before: Artefact) -> None:

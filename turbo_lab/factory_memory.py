@@ -23,7 +23,10 @@ RANKS = (64, 32, 16, 8, 4)
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Bytes of what is held at once, from parameter counts; activations come on top."""
+    """Bytes of what is held at once, from parameter counts; activations come on top.
+
+    ``loading`` is a base that is kept in fewer bytes, before it is; 0 where it stays as it was.
+    """
 
     base: int
     adapters: int
@@ -32,6 +35,7 @@ class MemoryPlan:
     text_encoder: int
     vae: int
     critic: int = 0
+    loading: int = 0
 
     @property
     def phases(self) -> dict[str, int]:
@@ -40,11 +44,14 @@ class MemoryPlan:
         encoding = {"encoding prompts": self.text_encoder}
         if self.vae:
             encoding["encoding images"] = self.vae
+        if self.loading:
+            encoding["loading"] = self.loading + self.adapters
         return {**encoding, "training": training}
 
     def lines(self) -> list[str]:
         """The plan as text, one line for each number."""
         parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        parts["loading"] = 0  # the base again, and a phase below
         rows = {name.replace("_", " "): size for name, size in parts.items() if size}
         table = [f"{name:18s}{gigabytes(size):>12s}" for name, size in rows.items()]
         needs = [f"{name:18s}{gigabytes(size):>12s}" for name, size in self.phases.items()]
@@ -79,8 +86,10 @@ def planned(
     """
     moving = 1 + len(rivals(recipe))
     worn = moving + 1 + has_before(recipe)  # the average, and the stage before
+    saved = size.blocks_weights * (each - 1) - 4 * size.blocks_rows if recipe.storage else 0
     return MemoryPlan(
-        base=each * counts.transformer,
+        base=each * counts.transformer - saved,
+        loading=each * counts.transformer if recipe.storage else 0,
         adapters=4 * counts.adapter * worn,
         gradients=4 * counts.adapter,
         optimiser=8 * counts.adapter * moving,

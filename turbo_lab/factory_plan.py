@@ -95,6 +95,7 @@ def check(
     keep_activations: bool = False,
     vit: str = "",
     column: str = "",
+    storage: str = "",
 ) -> Job:
     """Resolve a training and check all of it but the memory; nothing is loaded or written.
 
@@ -113,6 +114,7 @@ def check(
         keep_activations: see `Job`.
         vit: see `Job`; empty for ``hub``.
         column: of a table, where it is not ``prompt``.
+        storage: of the frozen base in training: ``fp8``, or empty for as it was loaded.
 
     Raises:
         BadInput: a value is not allowed, or a file is not what it should be.
@@ -121,6 +123,7 @@ def check(
     resolved = resolve_qwen(
         recipe, size=size, profile=profile, seed=seed, rank=rank, images=images is not None
     )
+    resolved = _stored(resolved, storage, keep_activations)
     _check_vit(vit, resolved)
     files, captions = _pictures(images, size)
     texts = _texts(prompts, column, captions)
@@ -160,6 +163,20 @@ def _texts(prompts: Path | None, column: str, captions: tuple[str, ...]) -> tupl
     if column:
         raise BadInput("column", column, f"{prompts.name} is no table of {', '.join(TABLES)}")
     return read_prompts(prompts)
+
+
+def _stored(recipe: QwenRecipe, storage: str, keep_activations: bool) -> QwenRecipe:
+    """The recipe with its base kept so."""
+    if not storage:
+        return recipe
+    if storage != "fp8":
+        raise BadInput("storage", storage, "use fp8, or leave it out")
+    if keep_activations:
+        allowed = (
+            "it would keep wide weights too, and fp8 would save nothing; leave one of them out"
+        )
+        raise BadInput("keep_activations", True, allowed)
+    return recipe.model_copy(update={"storage": storage})
 
 
 def _check_vit(vit: str, recipe: QwenRecipe) -> None:

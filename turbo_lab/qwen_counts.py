@@ -72,6 +72,16 @@ class TransformerSize:
         return 4 * (d * d + d) + (8 * d * d + 5 * d)
 
     @property
+    def blocks_weights(self) -> int:
+        """Numbers of all matrices of the blocks' two streams, their modulation left out."""
+        return 24 * self.width**2 * self.layers
+
+    @property
+    def blocks_rows(self) -> int:
+        """Rows of all of them."""
+        return 18 * self.width * self.layers
+
+    @property
     def modulation(self) -> int:
         """Parameters of the modulation of one stream in one block."""
         d = self.width

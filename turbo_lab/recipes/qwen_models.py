@@ -120,6 +120,9 @@ class QwenRecipe(_Frozen):
     """A list of stages; each becomes an artefact, and starts from the one before.
 
     ``source`` is what a batch holds: latents of images, samples of the teacher, or prompts alone.
+    ``storage`` keeps the base in fewer bytes while players learn on it, see
+    `turbo_lab.qwen_storage`; None as it was loaded, and then it is no part of the key. Samples of
+    the teacher are drawn before.
     """
 
     name: str
@@ -132,6 +135,7 @@ class QwenRecipe(_Frozen):
     negative: str = " "
     source: Source
     pairs: Pairs | None = None
+    storage: Literal["fp8"] | None = None
     stages: tuple[QwenStage, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
