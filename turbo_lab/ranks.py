@@ -5,6 +5,12 @@ All of them draw the same numbers and each keeps its own rows of every batch (se
 gradient the same sum up to the order of its terms. Nothing is wrapped: gradients are added up by
 hand between backward pass and optimiser, which suits adapters that take turns on one base. A
 process that is alone asks no other and does what it did without this module, bit for bit.
+
+What is read is ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK`` and the address of the first process, which
+``torchrun`` sets, and ``accelerate launch --multi_gpu --num_processes N`` by way of it; neither
+asks for a GPU, so with ``--device cpu`` that starts N processes on a CPU too. With ``--cpu``
+accelerate starts one process, whatever N is, unless it has a host file for ``mpirun``; MPI's own
+variables are not read here, and a process that finds no ``WORLD_SIZE`` is alone.
 """
 
 from __future__ import annotations
