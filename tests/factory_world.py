@@ -26,6 +26,17 @@ def write_world(folder: Path, model: Path) -> Path:
     return folder
 
 
+def write_shaped(world: Path) -> Path:
+    """Write ``five.txt`` and ``shaped``: prompts, and three wide pictures, a square, a tall one."""
+    if not (world / "shaped").exists():
+        tiny_qwen.write_prompts(world / "five.txt", "one", "two words", "three", "four", "a fifth")
+        for k, (width, height) in enumerate(((160, 90), (80, 80), (96, 64), (70, 100), (100, 60))):
+            folder = tiny_qwen.write_images(world / "some", n=k + 1, width=width, height=height)
+            (world / "shaped").mkdir(exist_ok=True)
+            (folder / f"{k:02d}.png").rename(world / "shaped" / f"{k:02d}.png")
+    return world / "shaped"
+
+
 def job(world: Path, recipe: str, **options: Any) -> Job:
     """Check a training at `smoke`, 32 pixels and rank 4."""
     return factory_plan.check(

@@ -30,6 +30,8 @@ from turbo_lab.recipes.qwen_image import (
 )
 from turbo_lab.store import Store
 from turbo_lab.streams import Draw
+from turbo_lab.testbeds.qwen_buckets import square
+from turbo_lab.testbeds.qwen_pictures import encoded
 
 # --- training -----------------------------------------------------------------------------------
 
@@ -66,7 +68,9 @@ def test_real_images_train_too(factory_world: Path, factory_caches: Store) -> No
     )
     bench = factory._bench(work, factory_caches)
     whole = bench.supply(0, Draw(seed=0, step=0, total=2))
-    latents = factory.encoded(work.bundle, work.images, size=32, store=factory_caches, device="cpu")
+    latents = encoded(
+        work.bundle, work.images, shape=square(32), store=factory_caches, device="cpu"
+    )
     for x, c in zip(whole.x, whole.c.tolist(), strict=True):
         assert torch.equal(x, latents[c])
 

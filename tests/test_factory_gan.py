@@ -24,7 +24,9 @@ from turbo_lab.recipes.models import Pairs
 from turbo_lab.recipes.qwen_image import QwenGan, QwenRecipe, resolve_qwen
 from turbo_lab.store import Store
 from turbo_lab.streams import Draw
+from turbo_lab.testbeds.qwen_buckets import square
 from turbo_lab.testbeds.qwen_files import load_vae, located
+from turbo_lab.testbeds.qwen_pictures import encoded
 from turbo_lab.vae_decode import picture_decoder
 
 VIT = "vit_tiny_patch16_224"
@@ -174,7 +176,7 @@ def test_heads_learn_two_prompts_by_heart_and_nothing_else_moves(
 
 def test_the_real_side_is_what_the_share_says(factory_world: Path, factory_caches: Store) -> None:
     work = turbo(factory_world)
-    images = factory.encoded(work.bundle, work.images, size=32, store=factory_caches, device="cpu")
+    images = encoded(work.bundle, work.images, shape=square(32), store=factory_caches, device="cpu")
     draw = Draw(seed=3, step=1, total=8)
     sides = {}
     for rho in (0.0, 0.5, 1.0):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from factory_world import SMALL, changed, job
+from factory_world import SMALL, changed, job, write_shaped
 from rank_world import two_processes
 from test_factory_gan import GANS, turbo
 from torch import Tensor
@@ -22,6 +22,9 @@ def small(world: Path, kind: str) -> Job:
     if kind == "gan":
         fixed = GANS["dino"].model_copy(update={"balance": None, "weight": 0.01})
         work = turbo(world, fixed)  # what balances is a norm over the rows at hand
+    elif kind == "buckets":
+        options = {"size": 64, "buckets": "aspect", "prompts": world / "five.txt"}
+        work = changed(job(world, "consistency", images=world / "shaped", **options), adapter=SMALL)
     else:
         work = changed(job(world, kind), adapter=SMALL)
     stages = tuple(s.model_copy(update={"steps": 2}) for s in work.recipe.stages)
@@ -32,7 +35,7 @@ def factories(ranks: Ranks, world: Path, folder: Path) -> dict[str, dict[str, Te
     """What the processes find in their one store."""
     store = Store(cache=folder / "together")
     out = {}
-    for kind in ("pcm-dmd2-2", "gan"):
+    for kind in ("pcm-dmd2-2", "gan", "buckets"):
         out[kind] = factory.trained(small(world, kind), store=store, ranks=ranks).tensors()
         again = factory.trained(small(world, kind), store=store, ranks=ranks)
         assert all(torch.equal(v, out[kind][k]) for k, v in again.tensors().items())
@@ -44,8 +47,9 @@ def test_the_factory_trains_the_same_adapter_on_two_processes(
     factory_world: Path, factory_caches: Store, tmp_path: Path
 ) -> None:
     """AdamW divides by the size of a gradient, so rounding shows at the size of a step."""
+    write_shaped(factory_world)
     both = two_processes(factories, tmp_path, factory_world, tmp_path)
-    for kind in ("pcm-dmd2-2", "gan"):
+    for kind in ("pcm-dmd2-2", "gan", "buckets"):
         work = small(factory_world, kind)
         alone = factory.trained(work, store=factory_caches).tensors()
         rate = max(stage.rates["student"].lr for stage in work.recipe.stages)

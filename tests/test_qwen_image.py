@@ -24,10 +24,11 @@ from turbo_lab.store import Store
 from turbo_lab.streams import Draw, noise
 from turbo_lab.testbeds import qwen_data, qwen_files, qwen_pictures
 from turbo_lab.testbeds.postcards import pack
+from turbo_lab.testbeds.qwen_buckets import Shape, square
 from turbo_lab.testbeds.qwen_data import NULL, Prompts, embedded, items, read_prompts
 from turbo_lab.testbeds.qwen_files import Bundle, counted_parameters, load_vae, located
 from turbo_lab.testbeds.qwen_image import QwenImage, Schedule, open_testbed, tokens_of
-from turbo_lab.testbeds.qwen_pictures import Codec, centre_square, encoded, find_images
+from turbo_lab.testbeds.qwen_pictures import Codec, encoded, find_images, fitted
 
 TEXTS = ("a cat", "two dogs on the moss, the sign reads 42")
 SIZE = 64
@@ -65,20 +66,33 @@ def testbed(bundle: Bundle, prompts: Prompts) -> QwenImage:
 # --- the field ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize(
+    ("shape", "scale"),
+    [
+        (square(SIZE), 1.0),
+        (square(SIZE), 4.0),
+        (Shape(width=112, height=64), 4.0),
+        (Shape(width=64, height=112), 4.0),
+    ],
+    ids=str,
+)
 def test_guided_samples_and_pictures_are_those_of_a_stock_pipeline(
-    testbed: QwenImage, bundle: Bundle, stock: Any, scale: float
+    testbed: QwenImage, bundle: Bundle, stock: Any, shape: Shape, scale: float
 ) -> None:
-    z = noise(testbed.shape, seed=0, stream="z", indices=range(2))
+    """At the times of so many tokens, and with the rotations of such sides."""
+    z = noise(shape.latent, seed=0, stream="z", indices=range(2))
     teacher = replace(testbed, guidance_scale=scale).teacher
-    ours = final(sample(teacher, testbed.grid(10), z, torch.arange(2)))
+    grid = testbed.schedule.grid(10, shape.tokens)
+    ours = final(sample(teacher, grid, z, torch.arange(2)))
+    if shape == square(SIZE):
+        assert testbed.shape == shape.latent and torch.equal(testbed.grid(10), grid)
     call = {
         "prompt": list(TEXTS),
         "negative_prompt": [" ", " "],
         "true_cfg_scale": scale,
         "num_inference_steps": 10,
-        "height": SIZE,
-        "width": SIZE,
+        "height": shape.height,
+        "width": shape.width,
         "latents": pack(z),
     }
     theirs = stock(**call, output_type="latent").images
@@ -235,13 +249,13 @@ def test_pictures_are_cut_to_the_middle_and_upright(tmp_path: Path) -> None:
     stripes[:, 16:48] = 255  # the middle square is white
     image = Image.fromarray(stripes)
     image.save(tmp_path / "wide.png")
-    assert torch.equal(centre_square(tmp_path / "wide.png", 32), torch.ones(3, 32, 32))
+    assert torch.equal(fitted(tmp_path / "wide.png", square(32)), torch.ones(3, 32, 32))
     half = np.zeros((32, 32, 3), dtype=np.uint8)
     half[:, :16] = 255  # white on the left; turned by the camera's note it is white on top
     turned = Image.Exif()
     turned[0x0112] = 6
     Image.fromarray(half).save(tmp_path / "turned.png", exif=turned)
-    got = centre_square(tmp_path / "turned.png", 32)
+    got = fitted(tmp_path / "turned.png", square(32))
     assert (got[:, :16] == 1).all() and (got[:, 16:] == -1).all()
 
 
@@ -252,23 +266,23 @@ def test_encoding_goes_on_where_it_was_killed(
     monkeypatch.setattr(qwen_pictures, "PER_SHARD", {"latents": 2})
     monkeypatch.setattr(qwen_data, "PER_SHARD", {"latents": 2})
     seen: list[str] = []
-    honest = qwen_pictures.centre_square
+    honest = qwen_pictures.fitted
 
-    def trip(file: Path, size: int) -> Tensor:
+    def trip(file: Path, shape: Shape) -> Tensor:
         if len(seen) == 3:
             seen.append("killed")
             raise KeyboardInterrupt
         seen.append(file.name)
-        return honest(file, size)
+        return honest(file, shape)
 
-    monkeypatch.setattr(qwen_pictures, "centre_square", trip)
+    monkeypatch.setattr(qwen_pictures, "fitted", trip)
     store = Store(cache=tmp_path / "cache")
     with pytest.raises(KeyboardInterrupt):
-        encoded(bundle, files, size=32, store=store, device="cpu")
-    rows = encoded(bundle, files, size=32, store=store, device="cpu")
+        encoded(bundle, files, shape=square(32), store=store, device="cpu")
+    rows = encoded(bundle, files, shape=square(32), store=store, device="cpu")
     assert seen == ["00.png", "01.png", "02.png", "killed", "02.png", "03.png", "04.png"]
     codec = Codec(vae=load_vae(bundle, "cpu"))
-    assert torch.equal(rows[4], codec.encode(honest(files[4], 32)[None])[0])
+    assert torch.equal(rows[4], codec.encode(honest(files[4], square(32))[None])[0])
 
 
 def test_folders_of_images_are_checked_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import torch
 
 from turbo_lab import factory_plan
 from turbo_lab.errors import BadInput, MissingPiece
-from turbo_lab.testbeds.qwen_pictures import centre_square, check_pictures, file_hash
+from turbo_lab.testbeds.qwen_buckets import square
+from turbo_lab.testbeds.qwen_pictures import check_pictures, file_hash, fitted
 from turbo_lab.testbeds.qwen_sources import is_sharded, read_column, read_shards
 
 
@@ -49,7 +50,7 @@ def test_pictures_in_shards_are_those_that_were_packed(shards: Path, pictures: l
     assert found.captions == ("a cat", "a dog", "a third")
     for packed, loose in zip(found.pictures, pictures, strict=True):
         assert file_hash(packed) == file_hash(loose)
-        assert torch.equal(centre_square(packed, 32), centre_square(loose, 32))
+        assert torch.equal(fitted(packed, square(32)), fitted(loose, square(32)))
     assert [p.name for p in read_shards(shards / "b.tar").pictures] == ["train/z.png"]
     with pytest.raises(BadInput, match=r"b.tar: train/z.png.*at least 512"):
         check_pictures(read_shards(shards / "b.tar").pictures, size=512)

@@ -117,6 +117,9 @@ def train(
     storage: Annotated[
         str, typer.Option(help="qwen_image: fp8 keeps linear layers of the base in it.")
     ] = "",
+    buckets: Annotated[
+        str, typer.Option(help="qwen_image: aspect trains on images in about their own ratio.")
+    ] = "",
     keep_activations: Annotated[
         bool, typer.Option("--keep-activations", help="qwen_image: faster, and far more memory.")
     ] = False,
@@ -129,7 +132,7 @@ def train(
     chosen = {
         **{"recipe": recipe, "model": model, "prompts": prompts, "images": images},
         **{"size": size, "rank": rank, "dry_run": dry_run, "keep_activations": keep_activations},
-        **{"vit": vit, "column": column, "storage": storage},
+        **{"vit": vit, "column": column, "storage": storage, "buckets": buckets},
     }
     options = {option: value for option, value in chosen.items() if value}
     if name == "qwen_image":

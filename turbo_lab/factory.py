@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,36 +17,28 @@ from typing import Any
 import torch
 
 from turbo_lab.atomic import atomic_write_text, save_tensors
-from turbo_lab.errors import BadInput, MissingPiece
+from turbo_lab.errors import MissingPiece
+from turbo_lab.factory_data import image_supply, supplies_of
 from turbo_lab.factory_memory import check_memory, check_weights, free_memory
 from turbo_lab.factory_plan import Job, gans, has_before, rivals
-from turbo_lab.fit import Batch, Objective, Player, Record, Saving, Shadow, fit
+from turbo_lab.fit import Objective, Player, Record, Saving, Shadow, fit
 from turbo_lab.gan_pieces import GanPieces
 from turbo_lab.history import TrainingHistory
 from turbo_lab.methods import METHODS
-from turbo_lab.methods.gan import mixed
+from turbo_lab.methods.by_shape import ByShape
 from turbo_lab.methods.transition import spawn_latent_head
 from turbo_lab.progress import VARIABLE, progress
 from turbo_lab.qwen_gan import opened_eye, qwen_gan_pieces
 from turbo_lab.qwen_storage import stored_with_error
 from turbo_lab.ranks import ALONE, Ranks, joined
-from turbo_lab.recipes.models import Pairs
-from turbo_lab.recipes.qwen_image import PASS_TOKENS, QwenRecipe, QwenStage
-from turbo_lab.recipes.qwen_models import QwenGan
+from turbo_lab.recipes.qwen_image import QwenRecipe, QwenStage, options_at
+from turbo_lab.recipes.qwen_models import Option, QwenGan
 from turbo_lab.store import Artefact, Checkpoints, Store
-from turbo_lab.streams import Draw, noise, seed_for
-from turbo_lab.testbeds.qwen_data import (
-    PairPlan,
-    Rows,
-    drawn_pairs,
-    embedded,
-    image_batch,
-    pair_batch,
-    prompt_batch,
-)
+from turbo_lab.streams import noise, seed_for
+from turbo_lab.testbeds.qwen_buckets import Shape, Supply
+from turbo_lab.testbeds.qwen_data import embedded
 from turbo_lab.testbeds.qwen_files import load_vae
 from turbo_lab.testbeds.qwen_image import QwenImage, open_testbed
-from turbo_lab.testbeds.qwen_pictures import encoded
 
 FAKE, HEAD = "fake", "head"
 RIVAL_FILE = "rivals.safetensors"
@@ -58,8 +50,6 @@ SAVE_SECONDS = 600.0
 
 Watch = Callable[[Record, int], None]
 """Called after each step with its record and the number of steps done, all stages counted."""
-Supply = Callable[[int, Draw], Batch]
-"""The batch of a draw, in the order that the seed of a stage gives the data."""
 
 
 def trained(
@@ -139,40 +129,6 @@ def _unwatched(record: Record, done: int) -> None:
     """Watch nothing."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Supplies:
-    """Where batches come from, each for the seed of a stage.
-
-    Attributes:
-        prompts: prompts alone.
-        images: latents of real images, if there are any.
-        teacher: samples of the guided teacher, by how many and in how many steps.
-    """
-
-    prompts: Supply
-    images: Supply | None = None
-    teacher: Mapping[Pairs, Supply] = field(default_factory=dict)
-
-    def of(self, recipe: QwenRecipe) -> Supply:
-        """What the methods of a recipe learn from."""
-        if recipe.source == "images" and self.images is not None:
-            return self.images
-        return self.prompts if recipe.pairs is None else self.teacher[recipe.pairs]
-
-    def real(self, gan: QwenGan, seed: int) -> Callable[[Draw], Batch]:
-        """The real side of a critic: images with probability rho, else the teacher's samples.
-
-        Raises:
-            BadInput: it is to show images, and there are none.
-        """
-        if gan.rho > 0 and self.images is None:
-            raise BadInput("rho", gan.rho, "there are no real images to show; use 0")
-        drawn = None if gan.pairs is None else self.teacher.get(gan.pairs)
-        # One of the two may be missing, and is then never asked.
-        images, teacher = (partial(side or self.prompts, seed) for side in (self.images, drawn))
-        return mixed(images, teacher, gan.rho)
-
-
 Critics = Callable[[QwenGan, int], GanPieces]
 """The GAN term of a stage, for its seed."""
 
@@ -181,17 +137,40 @@ Critics = Callable[[QwenGan, int], GanPieces]
 class Bench:
     """What the stages of a training share: the loaded testbed, its players and the data.
 
-    ``base_error`` is how far the base moved by being kept in fewer bytes.
+    Attributes:
+        testbed: with everything worn on it.
+        players: by name.
+        supply: of the methods' batches.
+        critics: of the stages that have one.
+        shapes: of pictures, where batches have several.
+        base_error: how far the base moved by being kept in fewer bytes.
     """
 
     testbed: QwenImage
     players: Mapping[str, Player]
     supply: Supply
     critics: Critics | None = None
+    shapes: tuple[Shape, ...] = ()
     base_error: float | None = None
 
     def objective(self, stage: QwenStage, seed: int = 0) -> Objective:
-        """Build the method of a stage from the pieces it has fields for, in a GAN term if asked."""
+        """Build the method of a stage from the pieces it has fields for, in a GAN term if asked.
+
+        Where there are several shapes, each has a copy with the shift of its own.
+        """
+        around: Callable[[Objective], Objective] = _as_it_is
+        if stage.gan is not None and self.critics is not None:
+            around = self.critics(stage.gan, seed).around
+        if not self.shapes:
+            return around(self._method(stage, stage.options))
+        size = self.testbed.size
+        copies: dict[tuple[int, ...], Objective] = {
+            shape.latent: around(self._method(stage, options_at(stage.options, size, shape.shift)))
+            for shape in self.shapes
+        }
+        return ByShape(copies=copies)
+
+    def _method(self, stage: QwenStage, options: Mapping[str, Option]) -> Objective:
         taught = {"guided": self.testbed.teacher, "before": self.players.get("before")}
         pieces: dict[str, Any] = {
             **{name: self.players[name] for name in self.players if name != "before"},
@@ -201,10 +180,11 @@ class Bench:
         if stage.teacher is not None:
             pieces["teacher"] = taught[stage.teacher]
         wanted = stage.fields & pieces.keys()
-        method = METHODS[stage.method](**{name: pieces[name] for name in wanted}, **stage.options)
-        if stage.gan is None or self.critics is None:
-            return method
-        return self.critics(stage.gan, seed).around(method)
+        return METHODS[stage.method](**{name: pieces[name] for name in wanted}, **options)
+
+
+def _as_it_is(method: Objective) -> Objective:
+    return method
 
 
 def _bench(job: Job, store: Store) -> Bench:
@@ -216,9 +196,7 @@ def _bench(job: Job, store: Store) -> Bench:
         if gan.features == "dino"
     }
     prompts = embedded(job.bundle, job.prompts, recipe.negative, store=store, device=place)
-    latents = None
-    if job.images:
-        latents = encoded(job.bundle, job.images, size=recipe.size, store=store, device=place)
+    images = image_supply(job, store)
     testbed = open_testbed(
         job.bundle,
         prompts,
@@ -226,7 +204,7 @@ def _bench(job: Job, store: Store) -> Bench:
         guidance_scale=recipe.guidance_scale,
         device=place,
     )
-    supplies = _supplies(job, testbed, latents, store)  # pairs from a base without adapters
+    supplies = supplies_of(job, testbed, images, store)  # pairs from a base without adapters
     if not job.keep_activations:
         testbed.host.checkpointing()
     players = _players(recipe, testbed)
@@ -248,6 +226,7 @@ def _bench(job: Job, store: Store) -> Bench:
         players=players,
         supply=supplies.of(recipe),
         critics=critics,
+        shapes=() if job.buckets is None else tuple(job.buckets.members),
         base_error=base_error,
     )
 
@@ -260,43 +239,6 @@ def _kept_in_fp8(testbed: QwenImage) -> float:
     t = torch.full((len(x_t),), 0.5, device=testbed.device)
     transformer = net.get_submodule(testbed.host.part)
     return stored_with_error(testbed.plain, transformer, x_t, t, torch.tensor(list(numbers)))
-
-
-def _supplies(job: Job, testbed: QwenImage, latents: Rows | None, store: Store) -> Supplies:
-    """All that the stages of a recipe learn from; samples of the teacher are drawn now."""
-    drawn = {pairs: _drawn(job, testbed, pairs, store) for pairs in pairs_of(job.recipe)}
-    images = None if latents is None else partial(image_batch, latents, len(job.images), job.device)
-    return Supplies(
-        prompts=partial(prompt_batch, len(job.prompts), testbed.shape, job.device),
-        images=images,
-        teacher=drawn,
-    )
-
-
-def pairs_of(recipe: QwenRecipe) -> tuple[Pairs, ...]:
-    """Samples of the teacher that a recipe needs: the methods' data, and critics' real sides."""
-    wanted = (recipe.pairs, *(gan.pairs for gan in gans(recipe) if gan.rho < 1))
-    return tuple(dict.fromkeys(pairs for pairs in wanted if pairs is not None))
-
-
-def _drawn(job: Job, testbed: QwenImage, pairs: Pairs, store: Store) -> Supply:
-    plan = PairPlan(
-        identity={
-            "model": job.bundle.identity("transformer"),
-            "encoder": job.bundle.identity("text_encoder"),
-            "guidance_scale": job.recipe.guidance_scale,
-            "negative": job.recipe.negative,
-            "device": job.device,
-        },
-        prompts=job.prompts,
-        grid=testbed.grid(pairs.steps),
-        shape=testbed.shape,
-        n=pairs.n,
-        seed=seed_for(job.recipe.seed, "pairs"),
-        at_once=max(1, PASS_TOKENS // job.recipe.tokens),
-        device=job.device,
-    )
-    return partial(pair_batch, drawn_pairs(plan, testbed.teacher, store), job.device)
 
 
 def _players(recipe: QwenRecipe, testbed: QwenImage) -> dict[str, Player]:

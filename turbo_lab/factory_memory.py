@@ -163,5 +163,8 @@ def described(job: Job) -> str:
     """The resolved recipe and the memory plan as text."""
     recipe = json.dumps(job.recipe.spec(), indent=1)
     data = f"{len(job.prompts)} prompts, {len(job.images)} images"
-    where = f"model {job.bundle.model} on {job.device}, {data}"
-    return "\n".join([recipe, "", where, "", *memory_plan(job).lines()])
+    where = [f"model {job.bundle.model} on {job.device}, {data}"]
+    if job.buckets is not None:
+        sizes = (f"{len(members)} of {shape}" for shape, members in job.buckets.members.items())
+        where.append(f"buckets: {', '.join(sizes)}")
+    return "\n".join([recipe, "", *where, "", *memory_plan(job).lines()])

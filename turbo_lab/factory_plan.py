@@ -13,9 +13,10 @@ from turbo_lab.features import HUB, RANDOM
 from turbo_lab.recipes.models import Profile
 from turbo_lab.recipes.qwen_image import ADAPTER, QwenRecipe, resolve_qwen
 from turbo_lab.recipes.qwen_models import QwenGan
+from turbo_lab.testbeds.qwen_buckets import Buckets, Shape, shapes_of
 from turbo_lab.testbeds.qwen_data import read_prompts
-from turbo_lab.testbeds.qwen_files import DEFAULT_MODEL, Bundle, dtype_on, located
-from turbo_lab.testbeds.qwen_pictures import check_pictures, file_hash, find_images
+from turbo_lab.testbeds.qwen_files import DEFAULT_MODEL, SCALE, Bundle, dtype_on, located
+from turbo_lab.testbeds.qwen_pictures import assigned, check_pictures, file_hash, list_images
 from turbo_lab.testbeds.qwen_sources import (
     TABLES,
     Picture,
@@ -35,6 +36,7 @@ class Job:
         bundle: the model.
         prompts: texts.
         images: files, one for each prompt; empty if the recipe does without.
+        shapes: of the bucket of each image; empty where all are squares.
         device: cpu or cuda.
         keep_activations: do not recompute them in the backward pass: more memory, less time, and
             the same gradients, so it is no part of the key.
@@ -45,6 +47,7 @@ class Job:
     bundle: Bundle
     prompts: tuple[str, ...]
     images: tuple[Picture, ...] = ()
+    shapes: tuple[Shape, ...] = ()
     device: str = "cpu"
     keep_activations: bool = False
     vit: str = HUB
@@ -53,6 +56,11 @@ class Job:
     def artefact(self) -> str:
         """Name of the artefact in the store."""
         return f"qwen_image/{self.recipe.name}"
+
+    @property
+    def buckets(self) -> Buckets | None:
+        """Which batch has which shape; None where all have the same."""
+        return Buckets(of=self.shapes) if self.shapes else None
 
     def specs(self) -> list[dict[str, Any]]:
         """What the key of each stage is made of: the recipe so far, the model and the data."""
@@ -96,6 +104,7 @@ def check(
     vit: str = "",
     column: str = "",
     storage: str = "",
+    buckets: str = "",
 ) -> Job:
     """Resolve a training and check all of it but the memory; nothing is loaded or written.
 
@@ -115,6 +124,7 @@ def check(
         vit: see `Job`; empty for ``hub``.
         column: of a table, where it is not ``prompt``.
         storage: of the frozen base in training: ``fp8``, or empty for as it was loaded.
+        buckets: ``aspect`` for images in about the ratio that they have; empty for squares.
 
     Raises:
         BadInput: a value is not allowed, or a file is not what it should be.
@@ -124,8 +134,10 @@ def check(
         recipe, size=size, profile=profile, seed=seed, rank=rank, images=images is not None
     )
     resolved = _stored(resolved, storage, keep_activations)
+    resolved = _bucketed(resolved, buckets)
     _check_vit(vit, resolved)
-    files, captions = _pictures(images, size)
+    files, captions = _pictures(images)
+    shapes = _checked(files, resolved)
     texts = _texts(prompts, column, captions)
     if files and len(files) != len(texts):
         needs = f"there are {len(files)} images; write one prompt for each, in the order of names"
@@ -136,21 +148,29 @@ def check(
         bundle=bundle,
         prompts=texts,
         images=files,
+        shapes=shapes,
         device=device,
         keep_activations=keep_activations,
         vit=vit or HUB,
     )
 
 
-def _pictures(images: Path | None, size: int) -> tuple[tuple[Picture, ...], tuple[str, ...]]:
-    """Pictures that have been checked, and the captions that came with them."""
+def _pictures(images: Path | None) -> tuple[tuple[Picture, ...], tuple[str, ...]]:
+    """Pictures, and the captions that came with them."""
     if images is None:
         return (), ()
     if not is_sharded(images):
-        return find_images(images, size=size), ()
+        return list_images(images), ()
     shards: Shards = read_shards(images)
-    check_pictures(shards.pictures, size=size)
     return shards.pictures, shards.captions
+
+
+def _checked(pictures: tuple[Picture, ...], recipe: QwenRecipe) -> tuple[Shape, ...]:
+    """Check that pictures are large enough, and return their buckets, if there are to be any."""
+    if recipe.buckets is not None:
+        return assigned(pictures, shapes_of(recipe.size))
+    check_pictures(pictures, size=recipe.size)
+    return ()
 
 
 def _texts(prompts: Path | None, column: str, captions: tuple[str, ...]) -> tuple[str, ...]:
@@ -177,6 +197,23 @@ def _stored(recipe: QwenRecipe, storage: str, keep_activations: bool) -> QwenRec
         )
         raise BadInput("keep_activations", True, allowed)
     return recipe.model_copy(update={"storage": storage})
+
+
+def _bucketed(recipe: QwenRecipe, buckets: str) -> QwenRecipe:
+    """The recipe with its images in buckets; a critic's crop must fit the narrowest."""
+    if buckets in ("", "square"):
+        return recipe
+    if buckets != "aspect":
+        raise BadInput("buckets", buckets, "use aspect or square")
+    if recipe.source != "images":
+        allowed = f"{recipe.name} has no images here, and all else is square; leave it out"
+        raise BadInput("buckets", buckets, allowed)
+    narrowest = min(min(shape.width, shape.height) for shape in shapes_of(recipe.size))
+    for gan in gans(recipe):
+        if gan.features == "dino" and gan.crop * SCALE > narrowest:
+            allowed = f"the critic's crops have {gan.crop * SCALE} pixels, the narrowest bucket"
+            raise BadInput("buckets", buckets, f"{allowed} {narrowest}; use a larger size")
+    return recipe.model_copy(update={"buckets": buckets})
 
 
 def _check_vit(vit: str, recipe: QwenRecipe) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "QwenGan",
     "QwenRecipe",
     "QwenStage",
+    "options_at",
     "resolution_shift",
     "resolve_qwen",
     "student_times",
@@ -58,6 +59,16 @@ CHAIN = (40, 20, 10, 5, 2)
 def resolution_shift(size: int) -> float:
     """Qwen-Image's own timestep shift for square pictures of ``size`` pixels."""
     return shift_from_mu(qwen_mu((size // 16) ** 2))
+
+
+def options_at(options: Mapping[str, Option], size: int, shift: float) -> Mapping[str, Option]:
+    """Options for pictures whose own timestep shift is this, from those for squares.
+
+    A shift that is not the square's own was chosen for other reasons, and stays.
+    """
+    if options.get("shift") != resolution_shift(size):
+        return options
+    return {**options, "shift": shift}
 
 
 def student_times(steps: int) -> tuple[float, ...]:

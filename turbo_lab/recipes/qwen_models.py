@@ -122,7 +122,8 @@ class QwenRecipe(_Frozen):
     ``source`` is what a batch holds: latents of images, samples of the teacher, or prompts alone.
     ``storage`` keeps the base in fewer bytes while players learn on it, see
     `turbo_lab.qwen_storage`; None as it was loaded, and then it is no part of the key. Samples of
-    the teacher are drawn before.
+    the teacher are drawn before. ``buckets`` keeps real images, and what goes with them, in about
+    the ratio that they have, see `turbo_lab.testbeds.qwen_buckets`; None cuts squares.
     """
 
     name: str
@@ -136,6 +137,7 @@ class QwenRecipe(_Frozen):
     source: Source
     pairs: Pairs | None = None
     storage: Literal["fp8"] | None = None
+    buckets: Literal["aspect"] | None = None
     stages: tuple[QwenStage, ...] = Field(min_length=1)
 
     @model_validator(mode="after")

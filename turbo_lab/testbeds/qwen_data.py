@@ -320,11 +320,12 @@ def items(draw: Draw, n: int, seed: int) -> list[int]:
     """
     stop = draw.total if draw.stop is None else draw.stop
     places = range(draw.step * draw.total + draw.start, draw.step * draw.total + stop)
-    orders = {epoch: _order(n, seed, epoch) for epoch in {place // n for place in places}}
+    orders = {epoch: order_of(n, seed, epoch) for epoch in {place // n for place in places}}
     return [int(orders[place // n][place % n]) for place in places]
 
 
-def _order(n: int, seed: int, epoch: int) -> Tensor:
+def order_of(n: int, seed: int, epoch: int) -> Tensor:
+    """The numbers below n in the random order of one of its rounds."""
     return torch.randperm(n, generator=generator(seed, "order", epoch))
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from turbo_lab.errors import BadInput
 from turbo_lab.store import Store
+from turbo_lab.testbeds.qwen_buckets import Shape, nearest
 from turbo_lab.testbeds.qwen_data import PER_SHARD, Make, Rows, cached_rows, chunks, release
 from turbo_lab.testbeds.qwen_files import Bundle, load_vae
 from turbo_lab.testbeds.qwen_sources import IMAGES, Picture, opened
@@ -56,8 +57,18 @@ def find_images(folder: Path, *, size: int) -> tuple[Path, ...]:
     """Return the images of a folder in the order of their names.
 
     Raises:
-        BadInput: there is no such folder, no image in it, or one that cannot be read or is smaller
-            than ``size`` pixels on a side.
+        BadInput: see `list_images` and `check_pictures`.
+    """
+    files = list_images(folder)
+    check_pictures(files, size=size)
+    return files
+
+
+def list_images(folder: Path) -> tuple[Path, ...]:
+    """Return the images of a folder in the order of their names, and look into none.
+
+    Raises:
+        BadInput: there is no such folder, or no image in it.
     """
     kinds = ", ".join(IMAGES)
     if not folder.is_dir():
@@ -65,7 +76,6 @@ def find_images(folder: Path, *, size: int) -> tuple[Path, ...]:
     files = tuple(sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGES))
     if not files:
         raise BadInput("images", str(folder), f"it holds none of {kinds}")
-    check_pictures(files, size=size)
     return files
 
 
@@ -75,17 +85,58 @@ def check_pictures(pictures: Sequence[Picture], *, size: int) -> None:
     Raises:
         BadInput: naming the first of them.
     """
-    from PIL import Image, UnidentifiedImageError
-
     for picture in pictures:
-        try:
-            with opened(picture) as raw, Image.open(raw) as image:
-                sides = image.size
-        except (OSError, UnidentifiedImageError):
-            raise BadInput("images", str(picture), "it is no image that can be read") from None
-        if min(sides) < size:
-            shape = f"it has {sides[0]} x {sides[1]} pixels, and both must be at least {size}"
+        width, height = _looked(picture, _sides)
+        if min(width, height) < size:
+            shape = f"it has {width} x {height} pixels, and both must be at least {size}"
             raise BadInput("images", str(picture), shape)
+
+
+def assigned(pictures: Sequence[Picture], shapes: Sequence[Shape]) -> tuple[Shape, ...]:
+    """Return the bucket of each picture; none is enlarged to fill its bucket.
+
+    Raises:
+        BadInput: naming the first picture that cannot be read, or is smaller than its bucket.
+    """
+    found = []
+    for picture in pictures:
+        width, height = _looked(picture, _upright)
+        shape = nearest(width, height, shapes)
+        if width < shape.width or height < shape.height:
+            small = f"it has {width} x {height} pixels, and its bucket has {shape}"
+            raise BadInput("images", str(picture), small)
+        found.append(shape)
+    return tuple(found)
+
+
+def _looked(picture: Picture, look: Callable[[Any], tuple[int, int]]) -> tuple[int, int]:
+    """What a look at an image says of it.
+
+    Raises:
+        BadInput: it cannot be read.
+    """
+    from PIL import Image
+
+    try:
+        with opened(picture) as raw, Image.open(raw) as image:
+            return look(image)
+    except (OSError, SyntaxError, ValueError):  # what Pillow says of a damaged one
+        raise BadInput("images", str(picture), "it is no image that can be read") from None
+
+
+def _sides(image: Any) -> tuple[int, int]:
+    """Width and height as stored, from its first bytes."""
+    width, height = image.size
+    return width, height
+
+
+def _upright(image: Any) -> tuple[int, int]:
+    """Width and height as it is shown. Of a PNG all is read: the note may stand behind pixels."""
+    from PIL import ExifTags
+
+    width, height = image.size
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
+    return (height, width) if turned else (width, height)
 
 
 def file_hash(file: Picture) -> str:
@@ -96,41 +147,43 @@ def file_hash(file: Picture) -> str:
 
 
 def encoded(
-    bundle: Bundle, files: Sequence[Picture], *, size: int, store: Store, device: str
+    bundle: Bundle, files: Sequence[Picture], *, shape: Shape, store: Store, device: str
 ) -> Rows:
-    """Return the latents ``[16, size/8, size/8]`` of images, from the store.
+    """Return the latents ``[16, height/8, width/8]`` of images, from the store.
 
     Args:
         bundle: the pipeline; its VAE is loaded only if a shard is missing, and freed.
-        files: images, each cut to its central square and resized.
-        size: pixels of the square.
+        files: images, each as large as covers the shape, and cut to its middle.
+        shape: pixels.
         store: where shards live.
         device: where the VAE runs.
     """
-    settings = {"size": size, "device": device, "vae": bundle.identity("vae")}
+    sides = {"size": shape.width} if shape.width == shape.height else asdict(shape)
+    settings = {**sides, "device": device, "vae": bundle.identity("vae")}
     hashes = [file_hash(file) for file in files]
     shards = [list(some) for some in chunks(hashes, PER_SHARD["latents"])]
     specs = [{**settings, "images": some} for some in shards]
     rows = cached_rows(
-        "latents", specs, len(files), partial(_encoder_of, bundle, device, files, size), store
+        "latents", specs, len(files), partial(_encoder_of, bundle, device, files, shape), store
     )
     release()
     return rows
 
 
-def _encoder_of(bundle: Bundle, device: str, files: Sequence[Picture], size: int) -> Make:
+def _encoder_of(bundle: Bundle, device: str, files: Sequence[Picture], shape: Shape) -> Make:
     codec = Codec(vae=load_vae(bundle, device))
     return lambda numbers: {
-        k: codec.encode(centre_square(files[k], size)[None])[0].cpu() for k in numbers
+        k: codec.encode(fitted(files[k], shape)[None])[0].cpu() for k in numbers
     }
 
 
-def centre_square(file: Picture, size: int) -> Tensor:
-    """Read an image: its central square, resized, as ``[3, size, size]`` in [-1, 1]."""
+def fitted(file: Picture, shape: Shape) -> Tensor:
+    """Read an image: the middle of it of this ratio, resized, ``[3, height, width]`` in [-1, 1]."""
     import numpy as np
     from PIL import Image, ImageOps
 
     with opened(file) as raw, Image.open(raw) as stored:
         image = ImageOps.exif_transpose(stored).convert("RGB")
-    square = ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
+    sides = (shape.width, shape.height)
+    cut = ImageOps.fit(image, sides, method=Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(cut)).permute(2, 0, 1).float() / 127.5 - 1
