@@ -72,6 +72,10 @@ def test_variants_compute_the_same_and_fp8_says_how_far_it_is_off(record: dict[s
 def test_the_teacher_is_scaled_from_what_was_timed(record: dict[str, Any]) -> None:
     short, long = (row(record, "teacher", f"{n} guided steps")["seconds"] for n in (2, 50))
     assert long == pytest.approx(25 * short)
+    stock, ours = (row(record, *of)["seconds"] for of in (("decoding", "stock"), ("total", "ours")))
+    faster = record["times_faster_than_teacher"]
+    assert faster.keys() == {"stock pipeline", "ours", "ours, fp8"}
+    assert faster["ours"] == pytest.approx((25 * short + stock) / ours)
 
 
 def test_a_cycle_of_training_is_one_step_of_the_student_and_two_of_the_fake(
@@ -140,6 +144,11 @@ def test_no_figures_without_a_gpu(
         (["--tiny", "--variants", "magic"], "choose among plain"),
         (["--tiny", "--schedule", "turbo"], "choose one of wuli-2"),
         (["--tiny", "--json", "/nowhere/x.json"], "folder that exists"),
+        (["--tiny", "--json", "/"], "folder that exists"),
+        (["--tiny", "--json", __file__], "no file of this command"),
+        (["--tiny", "--batch", "0"], "batch=0"),
+        (["--tiny", "--steps", "0"], "steps=0"),
+        (["--tiny", "--text", "0"], "text=0"),
     ],
 )
 def test_what_cannot_be_measured_is_one_sentence(

@@ -68,6 +68,10 @@ def test_help_names_every_command() -> None:
         (["train", "qwen_image"], "recipe='' is not allowed: choose one of progressive"),
         (["train", "qwen_image", "--recipe", "dmd2-2"], "prompts=None is not allowed: name a"),
         (["train", "qwen_image", "--recipe", "direct-2", "--size", "5"], "size=5 is not allowed"),
+        (["train", "qwen_image", "--recipe", "direct-2", "--size", "0"], "size=0 is not allowed"),
+        (["train", "qwen_image", "--recipe", "direct-2", "--rank", "0"], "rank=0 is not allowed"),
+        (["doctor", "--size", "64"], "size='64' is not allowed: it is for --testbed qwen_image"),
+        (["doctor", "--testbed", "qwen_image", "--batch", "0"], "batch=0 is not allowed"),
         (["sample", "--seed", "-1"], "seed=-1 is not allowed"),
     ],
 )

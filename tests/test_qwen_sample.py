@@ -29,7 +29,7 @@ from turbo_lab.qwen_fast import (
     simulated,
     to_fp8,
 )
-from turbo_lab.qwen_order import STOCK, Fast, Order, checked_order, times_for
+from turbo_lab.qwen_order import PARTS, STOCK, Fast, Order, checked_order, times_for, without
 from turbo_lab.qwen_sample import Drawn, drawn, kept_bytes, loaded_bytes, opened
 from turbo_lab.schedules import fixed, published, scheduler_config
 from turbo_lab.store import Store
@@ -391,6 +391,9 @@ def test_times_come_from_the_file_first(
         ask(loras=[said], steps=4)
     settings = with_times(loras[0], tmp_path / "b.safetensors", scheduler=scheduler_config(WULI))
     assert ask(loras=[settings], steps=2).times.grid[1] == pytest.approx(0.7155)
+    said = {"scheduler": scheduler_config(WULI), "steps": 2}
+    other = ask(loras=[with_times(loras[0], tmp_path / "c.safetensors", **said)], steps=3)
+    assert other.times.steps == 3 and other.times.known == "c.safetensors says, but for 2 steps"
 
 
 def test_times_come_from_the_table_by_the_files_name(
@@ -400,7 +403,8 @@ def test_times_come_from_the_table_by_the_files_name(
     file.write_bytes(loras[0].read_bytes())
     times = ask(loras=[file]).times
     assert times.grid.tolist() == pytest.approx([1.0, 0.7155, 0.0])
-    assert "wuli-2" in times.known
+    assert "wuli-2" in times.known and "for 2" not in times.known
+    assert ask(loras=[file], steps=3).times.known == "published as wuli-2, for 2 steps"
 
 
 def test_few_steps_at_the_models_own_times_warn(
@@ -439,6 +443,9 @@ def test_a_prompt_is_embedded_once_and_drawn_with_noise_of_its_own_each_time(
         ({"width": 100}, "width"),
         ({"height": 8192}, "height"),
         ({"seed": -1}, "seed"),
+        ({"steps": 0}, "from 1 to 1000"),
+        ({"steps": 1001}, "from 1 to 1000"),
+        ({"batch": 0}, "batch"),
         ({"guidance_scale": 0.5}, "guidance"),
         ({"weights": [1.0]}, "one for each of 0"),
         ({"schedule": "turbo"}, "choose one of"),
@@ -462,12 +469,21 @@ def test_orders_that_cannot_be_are_refused(
         {"precision": "fp8", "adapters": "attached"},
         {"compiled": True, "offload": True},
         {"keep": ("proj_out",)},
+        {"keep": ("img_mlp",)},
     ],
     ids=str,
 )
 def test_parts_that_cannot_be_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(BadInput):
         Fast(**change)
+
+
+def test_each_part_can_be_left_out_by_name() -> None:
+    left = [without(Fast(), [name]) for name in PARTS]
+    assert len({*left, Fast()}) == 1 + len(PARTS)
+    assert without(Fast(), list(PARTS)) == without(Fast(), ["all"]) == STOCK
+    with pytest.raises(BadInput, match="need them fused"):
+        without(Fast(precision="fp8"), ["fused"])
 
 
 def test_an_adapter_for_another_model_is_refused(ask: Callable[..., Order], tmp_path: Path) -> None:
@@ -585,6 +601,19 @@ def test_the_command_draws_pictures(
     assert (tmp_path / "x-1.png").is_file()
 
 
+def test_the_trap_of_few_steps_is_a_sentence_and_no_line_of_code(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TURBO_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TURBO_LAB_PROGRESS", "off")
+    order = ["--testbed", "qwen_image", "--model", str(tiny_model), "--size", "32", "--steps", "2"]
+    result = CliRunner().invoke(app, ["sample", "a cat", *order, "--out", str(tmp_path / "x.png")])
+    assert result.exit_code == 0, result.output
+    (said,) = (line for line in result.stderr.splitlines() if "terminal" in line)
+    assert said.startswith("turbo-lab: terminal=0.02 with steps=2 spends the last")
+    assert "time_grid(" not in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -592,6 +621,8 @@ def test_the_command_draws_pictures(
         (["--lora", "x.safetensors"], "lora='x.safetensors' is not allowed: it is for qwen_image"),
         (["--testbed", "qwen_image", "--attention", "sage"], "choose one of auto, cudnn"),
         (["--testbed", "qwen_image", "--size", "tall"], "write WIDTHxHEIGHT"),
+        (["--testbed", "qwen_image", "--without", "speed"], "choose among fused, known-times"),
+        (["--batch", "0"], "batch='0' is not allowed: it is for qwen_image"),
     ],
 )
 def test_the_command_refuses_in_one_sentence(

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
 
-from turbo_lab.cli_sample import DeviceOption, SeedOption, check_profile_and_seed, sample
+from turbo_lab.cli_sample import (
+    DeviceOption,
+    SeedOption,
+    check_profile_and_seed,
+    given,
+    only_for,
+    sample,
+)
 from turbo_lab.errors import BadInput, TurboLabError
 
 if TYPE_CHECKING:
@@ -23,10 +32,27 @@ class Spoken(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run a command: exit code 2 for input that is not allowed, 1 for what went wrong."""
         try:
-            return super().invoke(ctx)
+            with _spoken_warnings():
+                return super().invoke(ctx)
         except TurboLabError as error:
             typer.echo(f"turbo-lab: {error}", err=True)
             raise typer.Exit(2 if isinstance(error, BadInput) else 1) from None
+
+
+@contextmanager
+def _spoken_warnings() -> Iterator[None]:
+    """Say warnings that are meant for a person without the line of code that gives them."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            if category.__module__.startswith("turbo_lab."):
+                typer.echo(f"turbo-lab: {message}", err=True)
+            else:
+                others(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 app = typer.Typer(
@@ -106,8 +132,10 @@ def train(
             help="Folder of pictures: one for each prompt of qwen_image; real ones of gan-dino."
         ),
     ] = None,
-    size: Annotated[int, typer.Option(help="qwen_image: pixels of the square pictures.")] = 0,
-    rank: Annotated[int, typer.Option(help="qwen_image: of the adapters.")] = 0,
+    size: Annotated[
+        int | None, typer.Option(help="qwen_image: pixels of the square pictures.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="qwen_image: of the adapters.")] = None,
     column: Annotated[
         str, typer.Option(help="qwen_image: of a csv, jsonl or parquet file of prompts.")
     ] = "",
@@ -134,7 +162,7 @@ def train(
         **{"size": size, "rank": rank, "dry_run": dry_run, "keep_activations": keep_activations},
         **{"vit": vit, "column": column, "storage": storage, "buckets": buckets},
     }
-    options = {option: value for option, value in chosen.items() if value}
+    options = {option: value for option, value in chosen.items() if given(value)}
     if name == "qwen_image":
         if ship:
             raise BadInput("ship", True, "adapters of Qwen-Image are too large to ship")
@@ -215,9 +243,9 @@ def import_lora(
 @app.command()
 def doctor(
     testbed: Annotated[str, typer.Option(help="qwen_image: plan its memory and time.")] = "",
-    size: Annotated[str, typer.Option(help="qwen_image: WIDTHxHEIGHT.")] = "2048x2048",
-    batch: Annotated[int, typer.Option(help="qwen_image: pictures.")] = 4,
-    steps: Annotated[int, typer.Option(help="qwen_image: network steps.")] = 2,
+    size: Annotated[str, typer.Option(help="qwen_image: WIDTHxHEIGHT, 2048x2048.")] = "",
+    batch: Annotated[int | None, typer.Option(help="qwen_image: pictures, 4.")] = None,
+    steps: Annotated[int | None, typer.Option(help="qwen_image: network steps, 2.")] = None,
 ) -> None:
     """Examine this machine: versions, threads, GPU, memory, folders, hub, what will be slow."""
     from rich.console import Console
@@ -228,8 +256,10 @@ def doctor(
     if testbed:
         if testbed != "qwen_image":
             raise BadInput("testbed", testbed, "only qwen_image has a plan")
-        typer.echo("\n".join(qwen_plan(size, batch=batch, steps=steps)))
+        plan = {"batch": 4 if batch is None else batch, "steps": 2 if steps is None else steps}
+        typer.echo("\n".join(qwen_plan(size or "2048x2048", **plan)))
         return
+    only_for("--testbed qwen_image", "this machine", {"size": size, "batch": batch, "steps": steps})
     found = findings()
     table = Table("", "found", "note", box=None, pad_edge=False)
     for one in found:

@@ -48,7 +48,9 @@ def sample(
         str, typer.Option(help="qwen_image: a published one, such as wuli-2; else the adapter's.")
     ] = "",
     size: Annotated[str, typer.Option(help="qwen_image: WIDTHxHEIGHT, 1024x1024.")] = "",
-    batch: Annotated[int, typer.Option(help="qwen_image: pictures in all.")] = 0,
+    batch: Annotated[
+        int | None, typer.Option(help="qwen_image: pictures in all; else one of each prompt.")
+    ] = None,
     precision: Annotated[str, typer.Option(help="qwen_image: full or fp8.")] = "",
     attention: Annotated[
         str, typer.Option(help="qwen_image: cudnn, flash, efficient or math; else PyTorch chooses.")
@@ -59,23 +61,36 @@ def sample(
     offload: Annotated[
         bool, typer.Option("--offload", help="qwen_image: keep blocks in the computer's memory.")
     ] = False,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="qwen_image: layers that fp8 leaves, such as img_mlp; repeatable."),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="qwen_image: leave out fused, known-times, by-length, collapsed, channels-last, "
+            "or all, which is a stock pipeline; repeatable."
+        ),
+    ] = None,
 ) -> None:
     """Draw pictures for captions with the teacher or a student."""
     check_profile_and_seed("quick", seed)
     texts = [*(captions or []), *(caption or [])]
     fast: dict[str, Any] = {
         **{"precision": precision, "attention": attention},
-        **{"compiled": compiled, "offload": offload},
+        **{"compiled": compiled, "offload": offload, "keep": tuple(keep or ())},
     }
     theirs: dict[str, Any] = {
         **{"model": model, "lora": lora, "weight": weight, "schedule": schedule},
-        **{"size": size, "batch": batch, **fast},
+        **{"size": size, "batch": batch, "without": without, **fast},
     }
     if testbed == "qwen_image":
-        only_for("postcards", testbed, {"student": student, "grid": grid, "first": first})
+        only_for("postcards", testbed, {"student": student, "grid": grid, "first": first or None})
         from turbo_lab import qwen_draw
         from turbo_lab.qwen_order import Fast
+        from turbo_lab.qwen_order import without as left_out
 
+        parts = Fast(**{option: value for option, value in fast.items() if value})
         done = qwen_draw.draw(
             texts,
             out,
@@ -88,7 +103,7 @@ def sample(
             batch=batch,
             seed=seed,
             guidance_scale=guidance,
-            fast=Fast(**{option: value for option, value in fast.items() if value}),
+            fast=left_out(parts, without or []),
             device=device,
         )
         typer.echo("\n".join(done))
@@ -114,9 +129,14 @@ def sample(
 def only_for(testbed: str, chosen: str, options: Mapping[str, Any]) -> None:
     """Refuse options of a testbed that was not chosen."""
     for option, value in options.items():
-        if value:
-            shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        if given(value):
+            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             raise BadInput(option, shown, f"it is for {testbed}, not for {chosen}")
+
+
+def given(value: object) -> bool:
+    """Whether an option was given: 0 is a value like others, to be checked and not passed over."""
+    return value is not None and value is not False and value not in ("", [], ())
 
 
 def check_profile_and_seed(profile: str, seed: int) -> None:

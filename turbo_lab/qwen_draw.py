@@ -34,7 +34,7 @@ def draw(
     schedule: str = "",
     steps: int | None = None,
     size: str = "",
-    batch: int = 0,
+    batch: int | None = None,
     seed: int = 0,
     guidance_scale: float | None = None,
     fast: Fast | None = None,
@@ -52,7 +52,7 @@ def draw(
         schedule: a published one, by name.
         steps: of the network.
         size: WIDTHxHEIGHT in pixels; empty for 1024x1024.
-        batch: pictures in all.
+        batch: pictures in all; None for one of each prompt.
         seed: of the noise.
         guidance_scale: of guidance.
         fast: parts of the fast path.

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from turbo_lab.errors import BadInput
 from turbo_lab.lora_files import opened
 from turbo_lab.lora_read import Lora, read_lora
-from turbo_lab.path import grid_from_times
+from turbo_lab.path import MAX_STEPS, grid_from_times
 from turbo_lab.qwen_counts import Work
 from turbo_lab.qwen_fast import FP8_LINEARS, KERNELS
 from turbo_lab.schedules import of_file, published, wanted_by
@@ -74,15 +75,40 @@ class Fast:
         for name in self.keep:
             if not any(target.startswith(name) for target in FP8_LINEARS):
                 raise BadInput("keep", name, f"begin one of {', '.join(FP8_LINEARS)}")
+        if self.keep and self.precision != "fp8":
+            raise BadInput(
+                "keep", ", ".join(self.keep), "nothing is in fp8; ask for it, or leave it out"
+            )
 
 
-STOCK = Fast(
-    adapters="attached",
-    known_times=False,
-    by_length=False,
-    decoder="stock",
-    channels_last=False,
-)
+PARTS: Mapping[str, Mapping[str, Any]] = {
+    "fused": {"adapters": "attached"},
+    "known-times": {"known_times": False},
+    "by-length": {"by_length": False},
+    "collapsed": {"decoder": "stock"},
+    "channels-last": {"channels_last": False},
+}
+"""Parts that are on unless they are left out, by a name, and what they are without."""
+
+
+def without(fast: Fast, parts: Sequence[str]) -> Fast:
+    """Leave out parts of the fast path.
+
+    Args:
+        fast: where they are on.
+        parts: names of `PARTS`; ``all`` stands for each of them.
+
+    Raises:
+        BadInput: there is no such part, or another one needs it.
+    """
+    for name in parts:
+        if name not in (*PARTS, "all"):
+            raise BadInput("without", name, f"choose among {', '.join(PARTS)}, or all")
+    chosen = PARTS if "all" in parts else parts
+    return replace(fast, **{key: value for name in chosen for key, value in PARTS[name].items()})
+
+
+STOCK = without(Fast(), ["all"])
 """Every part off: what a stock pipeline does."""
 
 
@@ -173,7 +199,7 @@ def checked_order(
     steps: int | None = None,
     width: int = 1024,
     height: int = 1024,
-    batch: int = 0,
+    batch: int | None = None,
     seed: int = 0,
     guidance_scale: float | None = None,
     negative: str = " ",
@@ -191,7 +217,7 @@ def checked_order(
         steps: network steps; None for the adapter's own, or 50 without one.
         width: of the pictures in pixels, a multiple of 16.
         height: of the pictures in pixels, a multiple of 16.
-        batch: pictures in all; 0 for one of each prompt.
+        batch: pictures in all; None for one of each prompt.
         seed: of the noise, at least 0.
         guidance_scale: None for 1 with an adapter and 4 without.
         negative: text of the unguided branch.
@@ -232,12 +258,13 @@ def checked_order(
     )
 
 
-def _texts(prompts: Sequence[str], batch: int) -> tuple[str, ...]:
+def _texts(prompts: Sequence[str], batch: int | None) -> tuple[str, ...]:
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise BadInput("prompt", "", "write what the pictures show")
-    batch = batch or len(prompts)
+    batch = len(prompts) if batch is None else batch
     if not 1 <= batch <= 1024 or batch % len(prompts):
-        why = f"use a multiple of the {len(prompts)} prompts, up to 1024"
+        many = f"a multiple of the {len(prompts)} prompts, up to 1024"
+        why = f"use {many if len(prompts) > 1 else 'an integer from 1 to 1024'}"
         raise BadInput("batch", batch, why)
     return tuple(prompts[k * len(prompts) // batch] for k in range(batch))
 
@@ -255,6 +282,8 @@ def times_for(
     Warns:
         TerminalWarning: few steps with the model's own settings for many.
     """
+    if steps is not None and not 1 <= steps <= MAX_STEPS:
+        raise BadInput("steps", steps, f"use an integer from 1 to {MAX_STEPS}")
     if schedule:
         row = published(schedule)
         grid = row.schedule.grid(steps or row.steps, tokens)
@@ -271,9 +300,12 @@ def times_for(
             return Times(grid=grid, eta=eta, known=f"{file.path.name} says")
         if wanted.schedule is not None and (n := steps or wanted.steps) is not None:
             grid = wanted.schedule.grid(n, tokens)
-            return Times(grid=grid, eta=eta, known=f"{file.path.name} says")
+            other = "" if wanted.steps in (None, n) else f", but for {wanted.steps} steps"
+            return Times(grid=grid, eta=eta, known=f"{file.path.name} says{other}")
         if row_of_file is not None:
-            grid = row_of_file.schedule.grid(steps or row_of_file.steps, tokens)
-            return Times(grid=grid, eta=0.0, known=f"published as {row_of_file.name}")
+            n = steps or row_of_file.steps
+            other = "" if n == row_of_file.steps else f", for {row_of_file.steps} steps"
+            grid = row_of_file.schedule.grid(n, tokens)
+            return Times(grid=grid, eta=0.0, known=f"published as {row_of_file.name}{other}")
     grid = Schedule.of(bundle).grid(steps or TEACHER_STEPS, tokens)
     return Times(grid=grid, eta=0.0, known="the model's own scheduler")

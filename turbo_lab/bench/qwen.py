@@ -59,7 +59,7 @@ def parts_of(setup: Setup, variants: Sequence[str] = ()) -> dict[str, Part]:
     sizes = (setup.work.height,) if tiny else TRAINED
     for name in variants:
         if name not in (known := qwen_parts.variants(setup)):
-            raise BadInput("variants", name, f"choose among {', '.join(known)}")
+            raise BadInput("variants", name, f"choose among {'; '.join(known)}")
     chosen = variants or (("known times", "fp8") if tiny else ())
     quick = ("plain", *chosen) if chosen else ()
     return {
@@ -112,6 +112,19 @@ class Report:
             found[f"total {precision}"] = found[f"transformer {precision}"] + each["decoding"]
         return {**found, "decoding": each["decoding"], "text": each["text encoder"]}
 
+    def times_faster(self) -> dict[str, float]:
+        """How many times faster each whole is than the guided teacher; {} before both are known.
+
+        The teacher's seconds are those of its transformer, scaled, and of the stock decoder.
+        """
+        found = {(row.part, row.name): row.seconds for row in self.rows}
+        steps = found.get(("teacher", f"{qwen_whole.TEACHER_STEPS} guided steps"))
+        decoding = found.get(("decoding", "stock"))
+        if steps is None or decoding is None:
+            return {}
+        wholes = {name: s for (part, name), s in found.items() if part == "total" and s}
+        return {name: (steps + decoding) / seconds for name, seconds in wholes.items()}
+
     def over_floor(self, row: Row) -> float | None:
         """How many times its floor a row took; None where either is not known."""
         device, precision = self.measured_device(), "fp8" if "fp8" in row.name else "bf16"
@@ -150,6 +163,7 @@ class Report:
             "schedule": self.setup.row.name,
             "repeats": self.setup.repeats,
             "floor_seconds": self.floors(),
+            "times_faster_than_teacher": self.times_faster(),
             "rows": [self._row(row) for row in self.rows],
             "provenance": provenance(),
         }
@@ -205,7 +219,7 @@ def measure(
     for name in only:
         if name not in parts:
             raise BadInput("parts", name, f"choose among {', '.join(parts)}")
-    if path is not None and not path.absolute().parent.is_dir():
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise BadInput("json", str(path), "name a file in a folder that exists")
     report = Report(setup=setup, rows=earlier(path, setup))
     for name in only or parts:
@@ -218,6 +232,8 @@ def measure(
             atomic_write_text(path, text + "\n")
     for name, seconds in report.floors().items():
         print(f"{'floor':12s}{name:36s}{1e3 * seconds:12.2f} ms, by the rates above")
+    for name, times in report.times_faster().items():
+        print(f"{'faster':12s}{name:36s}{times:12.1f} x the guided teacher, decoding included")
     return report
 
 
@@ -229,11 +245,22 @@ def earlier(path: Path | None, setup: Setup) -> tuple[Row, ...]:
     """
     if path is None or not path.is_file():
         return ()
-    record, now = json.loads(path.read_text("utf-8")), Report(setup=setup, rows=()).record()
+    record, now = _record(path), Report(setup=setup, rows=()).record()
     same = ("benchmark", "networks", "device", "work", "schedule", "repeats")
     if any(record.get(key) != now[key] for key in same):
         raise BadInput("json", str(path), "it has figures of other work; name a new file")
     return tuple(Row.read(row) for row in record["rows"])
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """What this command wrote earlier."""
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        record = None
+    if not isinstance(record, dict):
+        raise BadInput("json", str(path), "it is no file of this command; name a new one")
+    return record
 
 
 def _guarded(name: str, part: Part, setup: Setup) -> Iterator[Row]:
@@ -272,9 +299,9 @@ def _setup(asked: argparse.Namespace) -> Setup:
     work = Work(
         height=height,
         width=width,
-        batch=asked.batch or (2 if asked.tiny else 4),
-        steps=asked.steps or row.steps,
-        text=asked.text or (8 if asked.tiny else 64),
+        batch=_or(asked.batch, 2 if asked.tiny else 4),
+        steps=_or(asked.steps, row.steps),
+        text=_or(asked.text, 8 if asked.tiny else 64),
     )
     return Setup(
         settings=TINY if asked.tiny else FULL,
@@ -287,13 +314,17 @@ def _setup(asked: argparse.Namespace) -> Setup:
     )
 
 
+def _or(asked: int | None, usual: int) -> int:
+    return usual if asked is None else asked
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m turbo_lab.bench.qwen", description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="networks of kilobytes on a CPU")
     parser.add_argument("--size", default="", help="WIDTHxHEIGHT; 2048x2048")
-    parser.add_argument("--batch", type=int, default=0, help="pictures; 4")
-    parser.add_argument("--steps", type=int, default=0, help="network steps; the schedule's own")
-    parser.add_argument("--text", type=int, default=0, help="tokens of a prompt; 64")
+    parser.add_argument("--batch", type=int, default=None, help="pictures; 4")
+    parser.add_argument("--steps", type=int, default=None, help="network steps; the schedule's own")
+    parser.add_argument("--text", type=int, default=None, help="tokens of a prompt; 64")
     parser.add_argument("--schedule", default="wuli-2", help="a published one")
     parser.add_argument("--repeats", type=int, default=5, help="counted runs of each thing")
     parser.add_argument("--parts", nargs="*", default=(), help="some of the parts")
