@@ -8,10 +8,8 @@ import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 
-import lora_corpus
 import pytest
 import torch
-from lora_corpus import GOOD, HOSTILE, LAYER, OTHER, pair, weights, write
 from safetensors.torch import load, save
 from torch import Tensor
 from typer.testing import CliRunner
@@ -24,6 +22,8 @@ from turbo_lab.lora_files import MAX_HEADER, opened, quoted
 from turbo_lab.lora_names import COMFYUI, DIFFUSERS, OURS, Shapes, renamed, scheme_of
 from turbo_lab.lora_read import Lora, read_lora
 from turbo_lab.recipes import resolve
+from turbo_lab.studies import hostile_loras
+from turbo_lab.studies.hostile_loras import GOOD, HOSTILE, LAYER, OTHER, pair, weights, write
 from turbo_lab.testbeds.linears import postcard_linears, qwen_linears
 
 
@@ -184,7 +184,7 @@ def test_alpha_over_rank_is_honoured_in_every_layer(
 
 
 def test_diffusers_settings_give_alpha_where_names_cannot(tmp_path: Path, shapes: Shapes) -> None:
-    said = lora_corpus.with_settings('{"transformer.r": 2, "transformer.lora_alpha": 7}')
+    said = hostile_loras.with_settings('{"transformer.r": 2, "transformer.lora_alpha": 7}')
     assert read_lora(opened(write(tmp_path, "x", said)), shapes, "postcards").size.alpha == 7.0
 
 

@@ -252,8 +252,8 @@ def mini_dino() -> Iterator[Bar]:
 
 
 def factory() -> Iterator[Bar]:
-    """Ours against stock diffusers on a tiny pipeline, and counts of the full-size model."""
-    from turbo_lab.studies.factory_claims import factory_bars
+    """Ours against stock diffusers on a tiny pipeline, counts, files of strangers, notebook 07."""
+    from turbo_lab.studies.factory_bars import factory_bars
 
     for name, value, side, limit in factory_bars():
         yield Bar(name=name, value=value, side=side, limit=limit)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -263,19 +263,3 @@ def _terminal(lasts: LastTimes, profile: str) -> Claim:
         profile=profile,
         artefact_keys=(lasts.key,),
     )
-
-
-# --- bars ---------------------------------------------------------------------------------------
-
-
-def factory_bars() -> Iterator[tuple[str, float, Literal["at least", "at most"], float]]:
-    """Yield name, value, "at least" or "at most", and limit of each acceptance figure."""
-    found = measured()
-    yield "factory.parameters_off", abs(network_parameters() / 1e9 - STATED), "at most", 0.01
-    yield "factory.schedules", schedule_error(), "at most", 1e-6
-    yield "factory.schedules_printed", float(misprinted()), "at most", 0.0
-    yield "factory.two_steps", found.few, "at most", 1e-4
-    yield "factory.guided", found.guided, "at most", 1e-4
-    yield "factory.decoding", found.decoding, "at most", 1e-5
-    yield "factory.decoding_share", decoding_share(), "at most", 0.5
-    yield "factory.passes", found.calls_many / found.calls_few, "at least", 50.0

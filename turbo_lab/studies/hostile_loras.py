@@ -1,4 +1,4 @@
-"""LoRA files as strangers may send them: good ones in every scheme, and hostile ones."""
+"""LoRA files as strangers may send them: hostile ones, and the pieces of good ones."""
 
 from __future__ import annotations
 
@@ -111,7 +111,8 @@ def many() -> bytes:
 
 
 GOOD = save(pair())
-HOSTILE: Mapping[str, tuple[Callable[[], bytes], str]] = {
+Maker = Callable[[], bytes]
+HOSTILE: Mapping[str, tuple[Maker, str]] = {
     # no safetensors
     "empty": (lambda: b"", "it is empty"),
     "seven-bytes": (lambda: GOOD[:7], "no safetensors"),
