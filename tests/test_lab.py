@@ -121,3 +121,20 @@ def test_progress_is_silent_when_off_and_refuses_other_words(
     monkeypatch.setenv(progress.VARIABLE, "loud")
     with pytest.raises(BadInput, match="TURBO_LAB_PROGRESS"), progress.progress(1, "x"):
         pass
+
+
+@pytest.mark.parametrize(("mode", "shown"), [("off", False), ("log", False), ("bar", True)])
+def test_libraries_show_bars_where_ours_are_shown(
+    mode: str, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers.utils import logging as diffusers
+    from transformers.utils import logging as transformers
+
+    monkeypatch.setenv(progress.VARIABLE, mode)
+    with pytest.raises(KeyError), progress.library_bars():
+        assert [one.is_progress_bar_enabled() for one in (diffusers, transformers)] == [shown] * 2
+        raise KeyError
+    assert diffusers.is_progress_bar_enabled() and transformers.is_progress_bar_enabled()
+    monkeypatch.setenv(progress.VARIABLE, "loud")
+    with pytest.raises(BadInput, match="TURBO_LAB_PROGRESS"), progress.library_bars():
+        pass

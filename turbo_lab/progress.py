@@ -28,12 +28,40 @@ def progress(total: int, what: str) -> AbstractContextManager[Tick]:
     Raises:
         BadInput: the variable has another value.
     """
+    mode = _mode()
+    return {"bar": _bar, "log": _log}[mode](total, what) if mode != "off" else nullcontext(_silent)
+
+
+@contextmanager
+def library_bars() -> Iterator[None]:
+    """Let diffusers and transformers show bars of their own only where `progress` shows one.
+
+    Raises:
+        BadInput: the variable has another value.
+    """
+    if _mode() == "bar":
+        yield
+        return
+    from diffusers.utils import logging as diffusers
+    from transformers.utils import logging as transformers
+
+    shown = [one for one in (diffusers, transformers) if one.is_progress_bar_enabled()]
+    for one in shown:
+        one.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for one in shown:
+            one.enable_progress_bar()
+
+
+def _mode() -> str:
     mode = os.environ.get(VARIABLE, "auto")
     if mode not in MODES:
         raise BadInput(VARIABLE, mode, f"use one of {', '.join(MODES)}")
     if mode == "auto":
-        mode = "bar" if _watched() else "log"
-    return {"bar": _bar, "log": _log}[mode](total, what) if mode != "off" else nullcontext(_silent)
+        return "bar" if _watched() else "log"
+    return mode
 
 
 def _watched() -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from turbo_lab.claims import Claim, Interval, Side, paired_difference
+from turbo_lab.progress import library_bars
 from turbo_lab.qwen_counts import Model, Work, decode_counts
 from turbo_lab.qwen_order import Order
 from turbo_lab.qwen_sample import opened
@@ -92,7 +93,8 @@ def stock_latents(order: Order) -> Tensor:
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
-    pipeline: Any = QwenImagePipeline.from_pretrained(order.bundle.folder)
+    with library_bars():
+        pipeline: Any = QwenImagePipeline.from_pretrained(order.bundle.folder)
     pipeline.set_progress_bar_config(disable=True)
     for lora, _ in order.loras:
         file = lora.file.path

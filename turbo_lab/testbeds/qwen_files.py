@@ -19,6 +19,7 @@ from torch import nn
 
 from turbo_lab.adapters import AdapterSize
 from turbo_lab.errors import BadInput, MissingPiece
+from turbo_lab.progress import library_bars
 
 DEFAULT_MODEL = "Qwen/Qwen-Image-2512"
 CHANNELS = 16
@@ -317,7 +318,8 @@ def _loading(bundle: Bundle, part: str) -> Iterator[None]:
     from safetensors import SafetensorError
 
     try:
-        yield
+        with library_bars():
+            yield
     except (torch.OutOfMemoryError, MissingPiece, BadInput):
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from turbo_lab.adapters import QWEN_LINEARS, AdapterSize, Host
+from turbo_lab.progress import library_bars
 from turbo_lab.testbeds.qwen_files import load_transformer, located
 
 WIDTH = 16
@@ -68,7 +69,8 @@ def tiny_pipeline(folder: Path, *, seed: int = 0) -> Path:
         tokenizer=_tokenizer(folder),
         transformer=transformer,
     )
-    pipeline.save_pretrained(folder)
+    with library_bars():
+        pipeline.save_pretrained(folder)
     return folder
 
 
