@@ -346,6 +346,14 @@ def test_other_pipelines_and_settings_are_refused(bundle: Bundle, tmp_path: Path
         ("model_index.json", "transformer", ["diffusers", "FluxTransformer2DModel"], "Flux"),
         ("transformer/config.json", "zero_cond_t", True, "zero_cond_t of the transformer is True"),
         ("scheduler/scheduler_config.json", "use_dynamic_shifting", False, "use_dynamic_shifting"),
+        (
+            "scheduler/scheduler_config.json",
+            "max_shift",
+            "big",
+            "max_shift of the scheduler is 'big'",
+        ),
+        ("text_encoder/config.json", "model_type", "t5", "model_type of the text_encoder is t5"),
+        ("model_index.json", "vae", 3, "its vae is 3"),
     ):
         path = folder / file
         honest = path.read_text()
@@ -353,7 +361,11 @@ def test_other_pipelines_and_settings_are_refused(bundle: Bundle, tmp_path: Path
         with pytest.raises(BadInput, match=said):
             located(str(folder))
         path.write_text(honest)
-    (folder / "vae" / "config.json").unlink()
+    config = folder / "vae" / "config.json"
+    config.write_text("[1, 2]")
+    with pytest.raises(MissingPiece, match=r"vae.config.json holds no settings by name"):
+        located(str(folder))
+    config.unlink()
     with pytest.raises(MissingPiece, match=r"vae.config.json is missing"):
         located(str(folder))
 
@@ -367,12 +379,25 @@ def test_missing_and_damaged_weights_are_one_sentence(bundle: Bundle, tmp_path: 
     with pytest.raises(MissingPiece, match=r"The transformer of .* cannot be loaded"):
         qwen_files.load_transformer(copy, "cpu")
     weights.unlink()
-    with pytest.raises(MissingPiece, match=r"its safetensors weights is missing"):
+    with pytest.raises(MissingPiece, match=r"its safetensors weights are missing"):
         qwen_files.load_transformer(copy, "cpu")
     index = {"weight_map": {"a": "part-1.safetensors"}}
     (weights.parent / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(MissingPiece, match=r"part-1.safetensors is missing"):
         copy.weights("transformer")
+
+
+def test_a_text_encoder_without_tokenizer_or_room_is_not_loaded(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qwen_files, "free_memory", lambda device: 1000)
+    with pytest.raises(MissingPiece, match=r"text encoder needs .* on cpu, and 0.01 GB are free"):
+        qwen_files.load_text(bundle, "cpu")
+    folder = tmp_path / "copy"
+    shutil.copytree(bundle.folder, folder)
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(MissingPiece, match=r"The tokenizer of .* is missing"):
+        qwen_files.load_text(located(str(folder)), "cpu")
 
 
 def test_identity_follows_the_bytes_and_not_the_place(bundle: Bundle, tmp_path: Path) -> None:

@@ -19,11 +19,12 @@ import torch
 from turbo_lab.atomic import atomic_write_text, save_tensors
 from turbo_lab.errors import MissingPiece
 from turbo_lab.factory_data import image_supply, supplies_of
-from turbo_lab.factory_memory import check_memory, check_weights, free_memory
+from turbo_lab.factory_memory import check_memory, check_weights
 from turbo_lab.factory_plan import Job, gans, has_before, rivals
 from turbo_lab.fit import Objective, Player, Record, Saving, Shadow, fit
 from turbo_lab.gan_pieces import GanPieces
 from turbo_lab.history import TrainingHistory
+from turbo_lab.memory import free_memory
 from turbo_lab.methods import METHODS
 from turbo_lab.methods.by_shape import ByShape
 from turbo_lab.methods.transition import spawn_latent_head

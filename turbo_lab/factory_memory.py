@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from turbo_lab.errors import MissingPiece
 from turbo_lab.factory_plan import Job, gans, has_before, looks_at_pictures, rivals
+from turbo_lab.memory import gigabytes
 from turbo_lab.qwen_counts import TransformerSize
 from turbo_lab.qwen_gan import critic_bytes
 from turbo_lab.recipes.qwen_models import QwenRecipe
@@ -140,23 +139,6 @@ def _fits(job: Job, rank: int, free: int) -> bool:
     adapter = job.recipe.adapter.model_copy(update={"rank": rank})
     smaller = dataclasses.replace(job, recipe=job.recipe.model_copy(update={"adapter": adapter}))
     return max(memory_plan(smaller).phases.values()) <= free
-
-
-def free_memory(device: str) -> int | None:
-    """Free bytes of the GPU, or of the machine; None where that cannot be asked."""
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-    except OSError:
-        return None
-    kilobytes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * int(kilobytes[0]) if kilobytes else None
-
-
-def gigabytes(size: int) -> str:
-    """Bytes as text, rounded up in the last digit: a plan must not promise too little."""
-    return f"{math.ceil(size / 1e7) / 100:,.2f} GB"
 
 
 def described(job: Job) -> str:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from turbo_lab.errors import MissingPiece
-from turbo_lab.factory_memory import free_memory, gigabytes
 from turbo_lab.field import Field, frozen, guided
+from turbo_lab.memory import free_memory, gigabytes
 from turbo_lab.progress import progress
 from turbo_lab.qwen_counts import Model
 from turbo_lab.qwen_fast import (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from torch import nn
 
 from turbo_lab.adapters import AdapterSize
 from turbo_lab.errors import BadInput, MissingPiece
+from turbo_lab.memory import free_memory, gigabytes
 from turbo_lab.progress import library_bars
 
 DEFAULT_MODEL = "Qwen/Qwen-Image-2512"
@@ -32,6 +34,7 @@ CLASSES: Mapping[str, str] = {
     "scheduler": "FlowMatchEulerDiscreteScheduler",
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_NUMBERS = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift", "shift_terminal")
 _SAMPLES, _SAMPLE_BYTES = 16, 65_536
 
 
@@ -92,8 +95,8 @@ class Bundle:
         named = {name for index in indices for name in _json(index)["weight_map"].values()}
         missing = sorted(name for name in named if not (folder / name).is_file())
         if missing or not any(folder.glob("*.safetensors")):
-            what = missing[0] if missing else "its safetensors weights"
-            raise MissingPiece(f"The {part} of {self.model} is not complete: {what} is missing.")
+            what = f"{missing[0]} is" if missing else "its safetensors weights are"
+            raise MissingPiece(f"The {part} of {self.model} is not complete: {what} missing.")
         return folder
 
 
@@ -121,7 +124,8 @@ def located(model: str) -> Bundle:
 def _check_parts(bundle: Bundle) -> None:
     index = _json(bundle.folder / "model_index.json")
     for part, wanted in CLASSES.items():
-        found = (index.get(part) or [None, None])[-1]
+        found = index.get(part)
+        found = found[-1] if isinstance(found, list) and found else found
         if found != wanted:
             raise BadInput("model", bundle.model, f"its {part} is {found}; it must be {wanted}")
     net, vae = bundle.config("transformer"), bundle.config("vae")
@@ -132,6 +136,10 @@ def _check_parts(bundle: Bundle) -> None:
         "patch_size of the transformer": (net.get("patch_size", 2), 2),
         "z_dim of the vae": (vae.get("z_dim", 16), CHANNELS),
         "downsampling of the vae": (2 ** len(vae.get("temperal_downsample", [0, 1, 1])), SCALE),
+        "model_type of the text_encoder": (
+            bundle.config("text_encoder").get("model_type"),
+            "qwen2_5_vl",
+        ),
         "use_dynamic_shifting of the scheduler": (scheduler.get("use_dynamic_shifting"), True),
         "time_shift_type of the scheduler": (
             scheduler.get("time_shift_type", "exponential"),
@@ -148,6 +156,11 @@ def _check_parts(bundle: Bundle) -> None:
     for what, (found, needed) in facts.items():
         if found != needed:
             raise BadInput("model", bundle.model, f"{what} is {found}; it must be {needed}")
+    for key in _NUMBERS:
+        value = scheduler.get(key) or 0
+        if type(value) not in (int, float) or not math.isfinite(value):
+            why = f"{key} of the scheduler is {value!r}; it must be a number"
+            raise BadInput("model", bundle.model, why)
 
 
 def _fetched(model: str, patterns: list[str], revision: str | None = None) -> Path:
@@ -169,9 +182,12 @@ def _nowhere(model: str, why: str) -> MissingPiece:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError) as error:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise MissingPiece(f"{path} is missing or not JSON ({type(error).__name__}).") from None
+    if not isinstance(found, dict):
+        raise MissingPiece(f"{path} holds no settings by name, as it should.")
+    return found
 
 
 def _sampled(file: Path) -> bytes:
@@ -208,21 +224,27 @@ def counted_parameters(bundle: Bundle, adapter: AdapterSize) -> Counts:
     """
     from accelerate import init_empty_weights
     from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
-    from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
     with _loading(bundle, "transformer"), init_empty_weights():
         net = QwenImageTransformer2DModel.from_config(bundle.config("transformer"))
     with _loading(bundle, "vae"), init_empty_weights():
         vae = AutoencoderKLQwenImage.from_config(bundle.config("vae"))
-    with _loading(bundle, "text_encoder"), init_empty_weights():
-        config = AutoConfig.from_pretrained(bundle.folder / "text_encoder")
-        encoder = Qwen2_5_VLForConditionalGeneration(config)
     return Counts(
         transformer=_size(net),
         adapter=adapter_parameters(net, adapter),
-        text_encoder=_size(encoder),
+        text_encoder=text_parameters(bundle),
         vae=_size(vae),
     )
+
+
+def text_parameters(bundle: Bundle) -> int:
+    """Count the parameters of the text encoder from its settings, without memory."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+
+    with _loading(bundle, "text_encoder"), init_empty_weights():
+        config = AutoConfig.from_pretrained(bundle.folder / "text_encoder")
+        return _size(Qwen2_5_VLForConditionalGeneration(config))
 
 
 def _size(net: nn.Module) -> int:
@@ -297,12 +319,15 @@ def load_text(bundle: Bundle, device: str) -> Any:
     """Load a stock pipeline of text encoder and tokenizer alone.
 
     Raises:
-        MissingPiece: weights are missing or damaged.
+        MissingPiece: weights are missing or damaged, or there is no room for them.
     """
     from diffusers import QwenImagePipeline
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
     folder = bundle.weights("text_encoder")
+    if not (bundle.folder / "tokenizer").is_dir():
+        raise MissingPiece(f"The tokenizer of {bundle.model} is missing.")
+    _check_room(bundle, device)
     with _loading(bundle, "text_encoder"):
         encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder, dtype=dtype_on(device), use_safetensors=True
@@ -310,6 +335,16 @@ def load_text(bundle: Bundle, device: str) -> Any:
         tokenizer = Qwen2Tokenizer.from_pretrained(bundle.folder / "tokenizer")
     parts = {"scheduler": None, "vae": None, "transformer": None}
     return QwenImagePipeline(**parts, text_encoder=encoder.to(device).eval(), tokenizer=tokenizer)
+
+
+def _check_room(bundle: Bundle, device: str) -> None:
+    needed = torch.empty((), dtype=dtype_on(device)).element_size() * text_parameters(bundle)
+    free = free_memory(device)
+    if free is not None and needed > free:
+        raise MissingPiece(
+            f"The text encoder needs {gigabytes(needed)} on {device}, and {gigabytes(free)} are "
+            "free: embed the prompts where there is more."
+        )
 
 
 @contextmanager
