@@ -632,3 +632,14 @@ def test_the_command_refuses_in_one_sentence(
         main(["sample", "a cat", *arguments])
     assert stopped.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_what_needs_no_model_is_refused_before_one_is_looked_for(tmp_path: Path) -> None:
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"steps": 0}, "steps=0"),
+        ({"schedule": "quickest"}, "schedule='quickest'"),
+        ({"loras": [tmp_path / "gone.safetensors"]}, "gone.safetensors"),
+    )
+    for values, said in wrong:
+        with pytest.raises(BadInput, match=said):
+            checked_order(prompts=["a cat"], model=str(tmp_path / "nowhere"), **values)

@@ -239,9 +239,13 @@ def checked_order(
         raise BadInput("guidance", scale, "use a number from 1 (none) to 20")
     if seed < 0:
         raise BadInput("seed", seed, "use an integer of at least 0")
-    bundle = located(model)
+    _check_steps(steps)
+    if schedule:
+        published(schedule)
+    files = tuple(opened(path) for path in loras)
+    bundle = located(model)  # may ask a hub: what can be refused without it has been
     shapes = qwen_linears(bundle)
-    read = tuple(read_lora(opened(path), shapes, model) for path in loras)
+    read = tuple(read_lora(file, shapes, model) for file in files)
     tokens = Work(height=height, width=width, batch=len(texts)).tokens
     return Order(
         bundle=bundle,
@@ -256,6 +260,11 @@ def checked_order(
         fast=fast or Fast(),
         device=device,
     )
+
+
+def _check_steps(steps: int | None) -> None:
+    if steps is not None and not 1 <= steps <= MAX_STEPS:
+        raise BadInput("steps", steps, f"use an integer from 1 to {MAX_STEPS}")
 
 
 def _texts(prompts: Sequence[str], batch: int | None) -> tuple[str, ...]:
@@ -282,8 +291,7 @@ def times_for(
     Warns:
         TerminalWarning: few steps with the model's own settings for many.
     """
-    if steps is not None and not 1 <= steps <= MAX_STEPS:
-        raise BadInput("steps", steps, f"use an integer from 1 to {MAX_STEPS}")
+    _check_steps(steps)
     if schedule:
         row = published(schedule)
         grid = row.schedule.grid(steps or row.steps, tokens)
