@@ -5,15 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tiny_qwen
+import torch
+from torch import Tensor
 
-from turbo_lab import factory_plan
+from turbo_lab import factory, factory_plan
 from turbo_lab.adapters import AdapterSize
 from turbo_lab.factory_plan import Job
+from turbo_lab.fit import Objective, fit
+from turbo_lab.recipes.models import Rates
 from turbo_lab.store import Artefact
+from turbo_lab.streams import Draw
 
 SMALL = AdapterSize(rank=4, alpha=4, targets=("to_q", "to_v", "img_mlp.net.2", "img_mod.1"))
 
@@ -60,3 +66,37 @@ def changed(job: Job, **values: Any) -> Job:
 def history(artefact: Artefact) -> list[dict[str, Any]]:
     """Lines of its training."""
     return [json.loads(line) for line in artefact.file("history.jsonl").read_text().splitlines()]
+
+
+def fitted(
+    bench: factory.Bench, objective: Objective, rates: Mapping[str, Rates], *, steps: int
+) -> None:
+    """Train on batches of four; every term is finite at every step."""
+    for record in fit(
+        objective,
+        lambda draw: bench.supply(0, draw),
+        steps=steps,
+        batch_size=4,
+        seed=0,
+        optimisers={who: rate.optimiser() for who, rate in rates.items()},
+    ):
+        assert all(torch.tensor(value).isfinite() for value in record.terms.values())
+
+
+def student_gradient(bench: factory.Bench, work: Job) -> dict[str, Tensor]:
+    """Of the student's turn, with adapters that differ; another is worn by the backward pass."""
+    for k, player in enumerate(bench.players.values()):
+        for _, parameter in player.named_parameters():
+            numbers = torch.Generator().manual_seed(k)
+            with torch.no_grad():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=numbers))
+    student = bench.players["student"]
+    for _, parameter in student.named_parameters():
+        parameter.requires_grad_(True)
+    turn = bench.objective(work.recipe.stages[0]).turns()[-1]
+    assert turn.moves == ("student",)
+    draw = Draw(seed=1, step=0, total=2)
+    losses = turn.loss(bench.supply(1, draw), draw)
+    with bench.testbed.host.wearing("average"):
+        torch.stack([loss.sum() for loss in losses.values()]).sum().backward()
+    return {n: p.grad for n, p in student.named_parameters() if p.grad is not None}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tiny_qwen
 import torch
-from factory_world import SMALL, changed, history, job
+from factory_world import SMALL, changed, fitted, history, job, student_gradient
 from torch import Tensor
 
 from turbo_lab import factory, factory_memory
@@ -113,15 +113,7 @@ def test_two_prompts_are_learnt_by_heart(
     net = bench.testbed.host.net
     base = {key: v.clone() for key, v in net.state_dict().items() if "lora_" not in key}
     before = measured()
-    for record in fit(
-        objective,
-        lambda draw: bench.supply(0, draw),
-        steps=steps,
-        batch_size=4,
-        seed=0,
-        optimisers={who: rate.optimiser() for who, rate in rates.items()},
-    ):
-        assert all(torch.tensor(value).isfinite() for value in record.terms.values())
+    fitted(bench, objective, rates, steps=steps)
     assert measured() < share * before
     assert all(torch.equal(net.state_dict()[key], v) for key, v in base.items())
     moved = {
@@ -205,21 +197,7 @@ def test_gradients_are_the_same_with_and_without_recomputation(
     for keep in (True, False):
         work = job(factory_world, name, keep_activations=keep)
         bench = factory._bench(changed(work, adapter=SMALL), factory_caches)
-        for k, player in enumerate(bench.players.values()):
-            for _, parameter in player.named_parameters():
-                numbers = torch.Generator().manual_seed(k)
-                with torch.no_grad():
-                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=numbers))
-        student = bench.players["student"]
-        for _, parameter in student.named_parameters():
-            parameter.requires_grad_(True)
-        turn = bench.objective(work.recipe.stages[0]).turns()[-1]
-        draw = Draw(seed=1, step=0, total=2)
-        losses = turn.loss(bench.supply(1, draw), draw)
-        with bench.testbed.host.wearing("average"):  # somebody else is worn by then
-            torch.stack([loss.sum() for loss in losses.values()]).sum().backward()
-        got.append({n: p.grad for n, p in student.named_parameters() if p.grad is not None})
-    assert turn.moves == ("student",)
+        got.append(student_gradient(bench, work))
     assert got[0].keys() == got[1].keys() and got[0]
     for key, gradient in got[0].items():
         torch.testing.assert_close(got[1][key], gradient, rtol=1e-5, atol=1e-8)

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from factory_world import SMALL, changed, history, job
+from factory_world import SMALL, changed, fitted, history, job
 from test_factory_gan import GANS
 
 from turbo_lab import factory
 from turbo_lab.factory_plan import Job
-from turbo_lab.fit import fit
 from turbo_lab.methods import METHODS
 from turbo_lab.methods.gan import Generates
 from turbo_lab.recipes.models import Pairs, Rates
@@ -68,15 +67,7 @@ def test_a_method_without_a_recipe_learns_two_prompts_by_heart(
     net = bench.testbed.host.net
     base = {key: v.clone() for key, v in net.state_dict().items() if "lora_" not in key}
     before = measured()
-    for record in fit(
-        objective,
-        lambda draw: bench.supply(0, draw),
-        steps=steps,
-        batch_size=4,
-        seed=0,
-        optimisers={who: FAST.optimiser() for who in work.recipe.stages[0].rates},
-    ):
-        assert all(torch.tensor(value).isfinite() for value in record.terms.values())
+    fitted(bench, objective, dict.fromkeys(work.recipe.stages[0].rates, FAST), steps=steps)
     assert measured() < share * before
     assert all(torch.equal(net.state_dict()[key], v) for key, v in base.items())
 

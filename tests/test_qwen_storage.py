@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from factory_world import SMALL, changed, history, job
+from factory_world import SMALL, changed, history, job, student_gradient
 from torch import Tensor, nn
 
 from turbo_lab import factory
@@ -19,7 +19,6 @@ from turbo_lab.fit import Record
 from turbo_lab.qwen_fast import FP8_LINEARS, quantised
 from turbo_lab.qwen_storage import StoredLinear, store_in_fp8
 from turbo_lab.store import Store
-from turbo_lab.streams import Draw
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -80,22 +79,6 @@ def test_an_input_gets_the_gradient_of_the_rounded_layer_and_the_weight_none() -
 
 def stored_job(world: Path, recipe: str = "dmd2-2", **options: Any) -> Job:
     return changed(job(world, recipe, storage="fp8", **options), adapter=SMALL)
-
-
-def student_gradient(bench: factory.Bench, work: Job) -> dict[str, Tensor]:
-    """Of the student's turn, with adapters that do something."""
-    for k, player in enumerate(bench.players.values()):
-        for _, parameter in player.named_parameters():
-            with torch.no_grad():
-                parameter.add_(0.1 * normal(k, *parameter.shape))
-    student = bench.players["student"]
-    for _, parameter in student.named_parameters():
-        parameter.requires_grad_(True)
-    turn = bench.objective(work.recipe.stages[0]).turns()[-1]
-    draw = Draw(seed=1, step=0, total=2)
-    losses = turn.loss(bench.supply(1, draw), draw)
-    torch.stack([loss.sum() for loss in losses.values()]).sum().backward()
-    return {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
 
 
 def dequantise(transformer: Any) -> int:
