@@ -93,5 +93,4 @@ if __name__ == "__main__":  # the command itself, by one of several processes th
         runpy.run_module("turbo_lab.cli", run_name="__main__", alter_sys=True)
     ranks = joined("cpu")
     sys.stdout.write(f"rank {ranks.rank} of {ranks.world}\n")
-    torch.distributed.destroy_process_group()
     raise end.value

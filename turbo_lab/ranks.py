@@ -15,10 +15,13 @@ variables are not read here, and a process that finds no ``WORLD_SIZE`` is alone
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -125,6 +128,8 @@ ALONE = Ranks()
 def joined(device: str) -> Ranks:
     """Join the other processes of a launcher, by the variables that it sets; else be alone.
 
+    The process leaves them again (see `leave`) when it ends.
+
     Args:
         device: cpu, or cuda; then every process takes the GPU of its ``LOCAL_RANK``.
 
@@ -141,8 +146,19 @@ def joined(device: str) -> Ranks:
             raise BadInput("LOCAL_RANK", place, allowed)
         torch.cuda.set_device(place)
     if not _dist().is_initialized():
+        # The first optimiser imports this. Imported while there is a group, it keeps the group for
+        # ever, and with it the group's threads, which may abort an interpreter that shuts down.
+        import_module("torch._dynamo")
         _dist().init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
+        atexit.register(leave)
     return Ranks(rank=_dist().get_rank(), world=_dist().get_world_size(), device=device)
+
+
+def leave() -> None:
+    """Leave the other processes and end the threads that spoke with them; alone, do nothing."""
+    if _dist().is_initialized():
+        _dist().destroy_process_group()
+        gc.collect()  # the group is part of a cycle, and its threads end with it
 
 
 def _dist() -> Any:
