@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import wrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
 
 from turbo_lab.figures import (
@@ -156,53 +156,76 @@ def scatter(
     return figure
 
 
+class Band(NamedTuple):
+    """A grey band through panels: its words in the legend, and its opacity from 0 to 1."""
+
+    label: str
+    opacity: float
+
+
 def dot_panels(
     rows: pd.DataFrame,
     *,
     by: str,
     titles: Mapping[str, str],
     metrics: Mapping[str, str],
-    bands: Mapping[str, float],
+    units: Mapping[str, str],
+    bands: Mapping[str, Band],
     accent: str,
+    ylabel: str,
     columns: int = 6,
 ) -> Figure:
     """Draw one line per sampler and one panel per metric: dots with their intervals.
+
+    A legend below the panels names the bands.
 
     Args:
         rows: long form with the columns ``by``, ``metric``, ``value``, ``low``, ``high``.
         by: name of the column of samplers.
         titles: samplers from top to bottom, and their labels.
         metrics: the panels and their titles.
-        bands: samplers drawn as a band through every panel, with its opacity.
+        units: what the axis of a panel shows, with its unit, by metric.
+        bands: samplers whose intervals are bands through every panel, from the back to the front.
         accent: the sampler that is picked out.
+        ylabel: what the samplers are.
         columns: panels in a row of the figure.
     """
     deep = -(-len(metrics) // columns)
     with style():
-        wide = 1.9 * min(columns, len(metrics)) + 1.6
-        figure = Figure(figsize=(wide, (0.24 * len(titles) + 0.8) * deep), layout="constrained")
+        wide = 1.9 * min(columns, len(metrics)) + 1.8
+        high = (0.24 * len(titles) + 1.1) * deep + 0.3
+        figure = Figure(figsize=(wide, high))
+        figure.set_layout_engine("constrained", h_pad=0.08)
         axes = figure.subplots(deep, min(columns, len(metrics)), sharey=True, squeeze=False)
         for axis, (metric, title) in zip(axes.ravel(), metrics.items(), strict=False):
             of = rows[rows["metric"] == metric].set_index(by)
-            for sampler, alpha in bands.items():
-                _band(axis, of, sampler, alpha)
+            for sampler, band in bands.items():
+                _draw_band(axis, of, sampler, band)
             for y, sampler in enumerate(titles):
                 dot(axis, of.loc[sampler], y, ACCENT if sampler == accent else SECOND)
             axis.locator_params(axis="x", nbins=4)
             axis.set_title(title, fontsize=8)
+            axis.set_xlabel("\n".join(wrap(units[metric], 28)), fontsize=7)
             axis.grid(axis="y", color=SOFT, alpha=0.2)
         for axis in axes.ravel()[len(metrics) :]:
             axis.set_visible(False)
         for axis in axes[:, 0]:
             axis.set_yticks(range(len(titles)), list(titles.values()), fontsize=8)
+            axis.set_ylabel(ylabel, fontsize=8)
         axes[0, 0].invert_yaxis()
+        keys = [Patch(label=band.label, **_look(band)) for band in bands.values()]
+        figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), fontsize=8)
     return figure
 
 
-def _band(axis: Axes, of: pd.DataFrame, sampler: str, alpha: float) -> None:
+def _draw_band(axis: Axes, of: pd.DataFrame, sampler: str, band: Band) -> None:
     if sampler in of.index:
         low, high = of.loc[sampler, "low"], of.loc[sampler, "high"]
-        axis.axvspan(low, high, fc=to_rgba(SOFT, alpha), ec=SOFT, lw=0.6)
+        axis.axvspan(low, high, **_look(band))
+
+
+def _look(band: Band) -> dict[str, Any]:
+    return {"fc": to_rgba(SOFT, band.opacity), "ec": SOFT, "lw": 0.6}
 
 
 def dot(axis: Axes, row: pd.Series, y: float, colour: str) -> None:

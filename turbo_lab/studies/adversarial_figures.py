@@ -12,10 +12,11 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from turbo_lab import charts, figures, measure
-from turbo_lab.charts import COLOURS
+from turbo_lab.charts import COLOURS, Band
 from turbo_lab.figures import ACCENT, INK, SECOND, SOFT, bare, style
 from turbo_lab.postcards import render
 from turbo_lab.postcards.captions import GROUNDS
+from turbo_lab.studies import every_metric
 from turbo_lab.studies.adversarial import (
     CONTROL,
     FLOOR,
@@ -100,8 +101,13 @@ def dots(rows: pd.DataFrame, metrics: Sequence[str]) -> Figure:
         by="family",
         titles={f: title for f, title in TITLES.items() if f != TEACHER},
         metrics={metric: METRICS[metric] for metric in metrics},
-        bands={TEACHER: 0.2, FLOOR: 0.45},
+        units={metric: every_metric.METRICS[metric].axis for metric in metrics},
+        bands={
+            TEACHER: Band(f"{TITLES[TEACHER]}, 95% interval", 0.2),
+            FLOOR: Band("real, other pictures, 95% interval", 0.45),
+        },
         accent=GAN,
+        ylabel="student",
     )
 
 

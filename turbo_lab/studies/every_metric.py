@@ -39,6 +39,11 @@ class Metric(NamedTuple):
     better: Better
     unit: str
 
+    @property
+    def axis(self) -> str:
+        """Title of an axis that shows it: what it means, and in brackets its unit, in one piece."""
+        return f"{self.meaning} ({self.unit.replace(' ', chr(0xA0))})"
+
 
 METRICS: Mapping[str, Metric] = {
     "sign_read": Metric("signs read", "both digits right and crisp", "more", "share"),

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from turbo_lab import charts
+from turbo_lab.charts import Band
 from turbo_lab.figures import bare, style
 from turbo_lab.studies.photo_textures import ALTERED, MATERIALS, TITLES, TRUE, photograph
 
@@ -52,6 +53,8 @@ def distances(rows: pd.DataFrame) -> Figure:
         by="squares",
         titles={name: TITLES.get(name, name) for name in (*ALTERED, *MATERIALS)},
         metrics={name: f"to {TITLES.get(name, name)}" for name in MATERIALS},
-        bands={TRUE: 0.45},
+        units=dict.fromkeys(MATERIALS, "patch distance (luminance,\u00a0−1\u00a0to\u00a01)"),
+        bands={TRUE: Band("the photograph's own right part as it is, 95% interval", 0.45)},
         accent="phases scrambled",
+        ylabel="squares of the right part",
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from turbo_lab import charts
 from turbo_lab.atomic import atomic_write_bytes
+from turbo_lab.charts import Band
 from turbo_lab.field import guided
 from turbo_lab.figures import ACCENT, SECOND, SOFT, bare, contact_sheet, style
 from turbo_lab.lab import TEACHER_GUIDANCE, TEACHER_STEPS, Lab
@@ -75,8 +76,13 @@ def dots(rows: pd.DataFrame, metrics: Sequence[str]) -> Figure:
         by="rung",
         titles={k: title for k, title in TITLES.items() if k not in (REAL, TEACHER, SLOW)},
         metrics={m: METRICS[m].title for m in metrics},
-        bands={TEACHER: 0.2, REAL: 0.45},
+        units={m: METRICS[m].axis for m in metrics},
+        bands={
+            TEACHER: Band(f"{TITLES[TEACHER]}, 95% interval", 0.2),
+            REAL: Band(f"{TITLES[REAL]}, 95% interval", 0.45),
+        },
         accent=TURBO,
+        ylabel="sampler at 2 steps",
         columns=5,
     )
 
