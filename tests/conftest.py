@@ -12,6 +12,8 @@ import pytest
 from turbo_lab.store import Store
 
 if TYPE_CHECKING:
+    from sample_world import SampleWorld
+
     from turbo_lab.lab import Lab
 
 
@@ -54,6 +56,16 @@ def factory_world(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def factory_caches(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A store that the tests of the factory share, so that prompts are encoded once."""
     return Store(cache=tmp_path_factory.mktemp("factory_cache"))
+
+
+@pytest.fixture(scope="session")
+def sample_world(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> SampleWorld:
+    """Orders of pictures from the tiny model, with two adapters and a store."""
+    from sample_world import SampleWorld, write_loras  # likewise
+
+    folder = tmp_path_factory.mktemp("sample")
+    loras = write_loras(tiny_model, folder)
+    return SampleWorld(model=tiny_model, loras=loras, store=Store(cache=folder / "cache"))
 
 
 @pytest.fixture(scope="session")
