@@ -11,8 +11,8 @@ from adapters_world import SMALL, new_host, same
 from torch import Tensor
 
 from turbo_lab.adapters import Worn
+from turbo_lab.checkpoints import Checkpoints
 from turbo_lab.fit import Batch, Optimiser, Record, Saving, Shadow, Turn, fit
-from turbo_lab.store import Checkpoints
 from turbo_lab.streams import Draw
 
 

@@ -19,10 +19,10 @@ import torch
 from gaussian_world import GaussianField, gaussian_batches
 from torch import Tensor, nn
 
+from turbo_lab.checkpoints import Checkpoints
 from turbo_lab.errors import BadInput, NonFinite
 from turbo_lab.fit import Batch, Optimiser, Record, Saving, Shadow, Turn, fit
 from turbo_lab.methods.flow import FlowMatching
-from turbo_lab.store import Checkpoints
 from turbo_lab.streams import Draw
 
 HANDLER = signal.getsignal(signal.SIGINT)

@@ -19,7 +19,8 @@ import pytest
 from store_world import NAME, SPEC, fill, hidden, never
 
 from turbo_lab import atomic
-from turbo_lab.store import Checkpoints, Store, read_folder
+from turbo_lab.checkpoints import Checkpoints
+from turbo_lab.store import Store, read_folder
 
 FORK = multiprocessing.get_context("fork")  # children need no second import
 

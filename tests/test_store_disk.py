@@ -16,8 +16,9 @@ import pytest
 from store_world import NAME, SPEC, fill, hidden, never
 
 from turbo_lab import provenance, store
+from turbo_lab.checkpoints import Checkpoints
 from turbo_lab.errors import BadInput, StoreError
-from turbo_lab.store import Checkpoints, Damaged, Store, atomic_write_text, key_of, save_tensors
+from turbo_lab.store import Damaged, Store, atomic_write_text, key_of, save_tensors
 
 # A disk that does not take it
 

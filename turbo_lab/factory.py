@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from turbo_lab.atomic import atomic_write_text, save_tensors
+from turbo_lab.checkpoints import Checkpoints
 from turbo_lab.errors import MissingPiece
 from turbo_lab.factory_data import image_supply, supplies_of
 from turbo_lab.factory_memory import check_memory, check_weights
@@ -34,7 +35,7 @@ from turbo_lab.qwen_storage import stored_with_error
 from turbo_lab.ranks import ALONE, Ranks, joined
 from turbo_lab.recipes.qwen_image import QwenRecipe, QwenStage, options_at
 from turbo_lab.recipes.qwen_models import Option, QwenGan
-from turbo_lab.store import Artefact, Checkpoints, Store
+from turbo_lab.store import Artefact, Store
 from turbo_lab.streams import noise, seed_for
 from turbo_lab.testbeds.qwen_buckets import Shape, Supply
 from turbo_lab.testbeds.qwen_data import embedded

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from turbo_lab.checkpoints import Checkpoints
 from turbo_lab.errors import BadInput, NonFinite
 from turbo_lab.ranks import ALONE, Ranks
-from turbo_lab.store import Checkpoints
 from turbo_lab.streams import Draw
 
 Terms = Mapping[str, Tensor]

@@ -4,8 +4,8 @@ The key of an artefact is a hash of its resolved recipe. The store answers from 
 then from the artefacts shipped with the package (read-only), else it makes the artefact under a
 lock. safetensors and JSON only.
 
-Layout of a root: ``<root>/<testbed>/<recipe>-<key>/``; a cache also has ``locks``, ``work``
-(checkpoints of training in progress) and ``quarantine`` (what was found damaged).
+Layout of a root: ``<root>/<testbed>/<recipe>-<key>/``; a cache also has ``locks``, ``work`` (see
+`turbo_lab.checkpoints`: training in progress) and ``quarantine`` (what was found damaged).
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from turbo_lab.atomic import (
     save_tensors,
     sweep,
 )
+from turbo_lab.checkpoints import Checkpoints
 from turbo_lab.errors import BadInput, StoreError
 from turbo_lab.keys import canonical, key_of
 from turbo_lab.provenance import provenance
@@ -70,7 +71,6 @@ SHIPPED_VARIABLE = "TURBO_LAB_SHIPPED"
 """``none`` leaves the shipped artefacts out: everything is then trained."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}/[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _ENTRY = re.compile(r"(.+)-([0-9a-f]{12})")
-_STEP = re.compile(r"step-(\d{7,})")
 _RESERVED = ("locks", "work", "quarantine")
 _VERIFIED: dict[Path, tuple[object, ...]] = {}  # folders whose SHA-256 this process has checked
 
@@ -294,61 +294,6 @@ class Store:
                 raise
             way_out = f"set {CACHE_VARIABLE} to a folder with free space that you can write in"
             raise StoreError(f"{text}; mend that, or {way_out}.") from error.__cause__
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoints:
-    """The last checkpoints of one training run: ``folder/step-0000120`` and the one before."""
-
-    folder: Path
-    keep: int = 2
-
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-        """Write a checkpoint (whole or not at all), then drop all but the last ``keep``.
-
-        Raises:
-            BadInput: ``step`` is negative, or ``state`` is not plain JSON with finite numbers.
-            StoreError: the folder cannot be written in; earlier checkpoints are untouched.
-        """
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise BadInput("step", step, "use an integer of at least 0")
-        if self.keep < 1:
-            raise BadInput("keep", self.keep, "use an integer of at least 1")
-        text = canonical(state)
-        with atomic_folder(self.folder / f"step-{step:07d}", replace=True) as folder:
-            save_tensors(folder, "tensors.safetensors", tensors)
-            atomic_write_text(folder / "state.json", text)
-        for _, old in self._saved()[self.keep :]:
-            discard(old)
-        return self.folder / f"step-{step:07d}"
-
-    def latest(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-        """Return (step, tensors, state) of the newest valid checkpoint, or None.
-
-        A damaged one is moved to ``folder/quarantine`` with a warning, and the one before counts.
-        """
-        sweep(self.folder)
-        for step, path in self._saved():
-            try:
-                if not {"tensors.safetensors", "state.json"} <= read_folder(path).keys():
-                    raise Damaged(f"{path} is not a checkpoint.")
-                state = json.loads((path / "state.json").read_text("utf-8"))
-                return step, load_tensors(path, "tensors.safetensors"), state
-            except Damaged as error:
-                moved = quarantine(path, self.folder)
-                _warn(f"{error} The checkpoint was moved to {moved}.")
-        return None
-
-    def clear(self) -> None:
-        """Remove all checkpoints."""
-        for _, path in self._saved():
-            discard(path)
-
-    def _saved(self) -> list[tuple[int, Path]]:
-        """Steps and folders, newest first."""
-        paths = self.folder.iterdir() if self.folder.is_dir() else ()
-        matched = ((_STEP.fullmatch(path.name), path) for path in paths)
-        return sorted(((int(m[1]), path) for m, path in matched if m), reverse=True)
 
 
 def _place(root: Path, name: str, spec: Mapping[str, Any]) -> Path:

@@ -14,12 +14,13 @@ from typing import Any
 from torch import Tensor
 
 from turbo_lab.atomic import atomic_write_text, save_tensors
+from turbo_lab.checkpoints import Checkpoints
 from turbo_lab.cpu import tune_allocator
 from turbo_lab.errors import MissingPiece
 from turbo_lab.fit import Record, Saving, Shadow, fit
 from turbo_lab.history import TrainingHistory
 from turbo_lab.recipes import Recipe
-from turbo_lab.store import Artefact, Checkpoints, Store
+from turbo_lab.store import Artefact, Store
 from turbo_lab.streams import seed_for
 from turbo_lab.workbench import (
     PAIRS,
