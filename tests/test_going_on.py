@@ -14,8 +14,9 @@ from turbo_lab.adapters import AdapterSize
 from turbo_lab.errors import BadInput, MissingPiece
 from turbo_lab.recipes import Rates, Recipe, Stage
 from turbo_lab.recipes.adversarial import AGAINST, CONTROL, START
+from turbo_lab.stages import check_stages
 from turbo_lab.store import Store
-from turbo_lab.workbench import check_stages, rival_weights
+from turbo_lab.workbench import rival_weights
 
 MATCHING = Stage(
     method="dmd2",

@@ -20,17 +20,16 @@ from turbo_lab.errors import MissingPiece
 from turbo_lab.fit import Record, Saving, Shadow, fit
 from turbo_lab.history import TrainingHistory
 from turbo_lab.recipes import Recipe
+from turbo_lab.stages import check_stages, rivals_of
 from turbo_lab.store import Artefact, Store
 from turbo_lab.streams import seed_for
 from turbo_lab.workbench import (
     PAIRS,
     RIVAL_FILE,
     Workbench,
-    check_stages,
     draw_all_pairs,
     floats,
     load_net,
-    rivals_of,
     workbench,
 )
 
@@ -80,7 +79,7 @@ def trained(
     A killed training continues from its last checkpoint; two processes asking at once train once.
 
     Raises:
-        BadInput: a stage asks for what it has not been given, see `turbo_lab.workbench`.
+        BadInput: a stage asks for what it has not been given, see `turbo_lab.stages`.
     """
     check_stages(recipe)
     store, watch = store or Store.default(), watch or _unwatched

@@ -18,7 +18,7 @@ from torch import Tensor
 from turbo_lab.adapters import Host, Worn
 from turbo_lab.atomic import save_tensors
 from turbo_lab.critic import spawn_critic
-from turbo_lab.errors import BadInput, MissingPiece
+from turbo_lab.errors import MissingPiece
 from turbo_lab.features import block_taps, normed
 from turbo_lab.field import Field, frozen, guided
 from turbo_lab.fit import Batch, Objective, Player
@@ -26,13 +26,13 @@ from turbo_lab.gan_pieces import GanPieces, gan_pieces
 from turbo_lab.heads import FeatureCritic, spawn_heads
 from turbo_lab.keys import key_of
 from turbo_lab.methods import METHODS
-from turbo_lab.methods.divergences import divergence_named, needs_ratio
-from turbo_lab.methods.gan import Batches, Generates, mixed
+from turbo_lab.methods.gan import Batches, mixed
 from turbo_lab.methods.kinds import TrainableField
 from turbo_lab.methods.transition import spawn_latent_head
 from turbo_lab.postcards.captions import TOKENS, VOCABULARY, null_tokens
 from turbo_lab.progress import progress
 from turbo_lab.recipes import Pairs, Recipe, Stage
+from turbo_lab.stages import CRITIC, FAKE, HEAD, check_stages, fields_of, rivals_of
 from turbo_lab.store import Artefact, Store
 from turbo_lab.streams import Draw
 from turbo_lab.testbeds.photos import load_photos, photo_batch
@@ -49,15 +49,6 @@ PAIRS = "postcards/pairs"
 RIVAL_FILE = "rivals.safetensors"
 _DRAWN: dict[tuple[str, str], dict[int, Tensor]] = {}
 """Pairs of this process by key and device: the replays of several students share them."""
-
-FAKE = "fake"
-"""The player that starts as the teacher, or as the stage before, and learns the student's score."""
-CRITIC = "critic"
-"""The player that tells two sides apart, where the options of a stage ask for it: teacher from
-student for the ratio of a divergence, or consistency's two predictions; or where it has a GAN term.
-Without it a stage is, to the bit, what it was before critics."""
-HEAD = "head"
-"""The player that learns the teacher's transitions, from which the student then learns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,106 +71,9 @@ class Workbench:
     def objective(self, stage: Stage) -> Objective:
         """Build the method of a stage from the pieces it has fields for, in a GAN term if asked."""
         kind = METHODS[stage.method]
-        wanted = _fields_of(stage) & self.pieces.keys()
+        wanted = fields_of(stage) & self.pieces.keys()
         method = kind(**{name: self.pieces[name] for name in wanted}, **stage.options)
         return method if self.gan is None else self.gan.around(method)
-
-
-# --- what a stage asks for -----------------------------------------------------------------------
-
-
-def rivals_of(stage: Stage) -> tuple[str, ...]:
-    """Names of the players that learn beside the student of a stage."""
-    has = _fields_of(stage)
-    critic = stage.gan is not None or _asks_critic(stage)
-    asked = {FAKE: FAKE in has, CRITIC: critic, HEAD: HEAD in has}
-    return tuple(name for name, wanted in asked.items() if wanted)
-
-
-def check_stages(recipe: Recipe) -> None:
-    """Refuse, before any work, a stage that asks for what it has not been given.
-
-    Raises:
-        BadInput: it needs a critic and has no rate, or no samples of the teacher, for it; or a
-            rival is to start from a stage before, and there is none, or no such rival; or a GAN
-            term does not go with its method.
-    """
-    for k, stage in enumerate(recipe.stages):
-        _check_critic(stage)
-        _check_gan(recipe, stage)
-        if stage.rivals_from is not None and FAKE not in _fields_of(stage):
-            allowed = f"method {stage.method!r} has no rival to start; leave it out"
-            raise BadInput("rivals_from", stage.rivals_from, allowed)
-        if stage.rivals_from in ("before", FAKE):
-            _check_rivals(stage, recipe.stages[k - 1] if k else recipe.start)
-
-
-def _check_rivals(stage: Stage, before: Stage | Recipe | None) -> None:
-    """A fake score that is to start from the stage before needs one there."""
-    if before is None:
-        allowed = "there is no stage before the first; use 'teacher' or leave it out"
-        raise BadInput("rivals_from", stage.rivals_from, allowed)
-    last = before.stages[-1] if isinstance(before, Recipe) else before
-    if stage.rivals_from == FAKE and FAKE not in _fields_of(last):
-        allowed = f"the stage before, {last.method!r}, has no fake score; use 'before' or 'teacher'"
-        raise BadInput("rivals_from", FAKE, allowed)
-
-
-def _fields_of(stage: Stage) -> set[str]:
-    return {f.name for f in dataclasses.fields(METHODS[stage.method])}
-
-
-def _asks_critic(stage: Stage) -> bool:
-    """Whether the options of a stage ask for a critic."""
-    return _is_adversarial(stage) or _asks_ratio(stage)
-
-
-def _is_adversarial(stage: Stage) -> bool:
-    """Whether a critic looks at the two predictions of a consistency stage."""
-    if CRITIC not in _fields_of(stage):
-        return False
-    return float(str(stage.options.get("adversarial_weight", 0.0))) > 0
-
-
-def _asks_ratio(stage: Stage) -> bool:
-    """Whether the divergence of a stage weighs samples by a ratio."""
-    if not {CRITIC, "divergence"} <= _fields_of(stage):
-        return False
-    name = str(stage.options.get("divergence", "rkl"))
-    alpha = float(str(stage.options.get("alpha", 0.0)))
-    divergence_named(name, alpha)
-    return needs_ratio(name, alpha)
-
-
-def _check_critic(stage: Stage) -> None:
-    """A critic needs a rate; one that learns a ratio of densities, samples of the teacher too."""
-    if not _asks_critic(stage):
-        if stage.taps is not None:
-            raise BadInput("taps", stage.taps, "this stage has no critic; leave it out")
-        return
-    why = "divergence" if _asks_ratio(stage) else "adversarial_weight"
-    needs = f"{why}={stage.options[why]!r} needs"
-    if _asks_ratio(stage) and stage.pairs is None:
-        raise BadInput("pairs", None, f"{needs} samples of the teacher for its critic")
-    if CRITIC not in stage.rates:
-        raise BadInput("rates", sorted(stage.rates), f"{needs} one for player {CRITIC!r} too")
-
-
-def _check_gan(recipe: Recipe, stage: Stage) -> None:
-    """A GAN term needs a rate, a student, and a method with samples and no critic of its own."""
-    if stage.gan is None:
-        return
-    method, features = stage.method, stage.gan.features
-    if recipe.teacher is None:
-        raise BadInput("gan", features, "it is for students; this recipe has no teacher")
-    if not issubclass(METHODS[method], Generates) or stage.options.get("edges"):
-        raise BadInput("gan", features, f"method {method!r} makes no clean samples in this stage")
-    if _asks_critic(stage):
-        raise BadInput("gan", features, f"method {method!r} has a critic of its own here")
-    if features == FAKE and FAKE not in _fields_of(stage):
-        raise BadInput("gan", features, f"method {method!r} has no fake score")
-    if CRITIC not in stage.rates:
-        raise BadInput("rates", sorted(stage.rates), f"gan needs one for player {CRITIC!r} too")
 
 
 # --- the players ---------------------------------------------------------------------------------
@@ -202,7 +96,7 @@ def workbench(
             then starts as this student or, a fake score, as the teacher.
 
     Raises:
-        BadInput: the stage asks for what it has not been given, see `check_stages`.
+        BadInput: the stage asks for what it has not been given, see `turbo_lab.stages`.
         MissingPiece: the stage before it, or the teacher, is not in the store.
     """
     check_stages(recipe)
