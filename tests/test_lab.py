@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from turbo_lab import bars, lab, progress
-from turbo_lab.bars import Bar
+from turbo_lab.acceptance import Bar
 from turbo_lab.claims import Interval
 from turbo_lab.errors import BadInput, MissingPiece
 from turbo_lab.lab import Lab, Sampling

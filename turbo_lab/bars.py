@@ -14,17 +14,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
+from turbo_lab.acceptance import Bar, at_least, printed
 from turbo_lab.claims import Interval, wilson
-from turbo_lab.errors import BadInput
 from turbo_lab.lab import TEACHER_STEPS, Lab, Samples, Sampling, open_lab
 from turbo_lab.store import Store
 
@@ -35,34 +34,11 @@ CAPTIONS = 1000
 """Held-out captions behind the teacher's bars."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bar:
-    """A measured value and the limit it must keep."""
-
-    name: str
-    value: float
-    side: Literal["at least", "at most"]
-    limit: float
-    unit: str = ""
-    interval: Interval | None = None
-
-    @property
-    def ok(self) -> bool:
-        """Whether the value keeps the limit."""
-        return self.value >= self.limit if self.side == "at least" else self.value <= self.limit
-
-    def __str__(self) -> str:
-        around = f" [{self.interval.low:.4g}, {self.interval.high:.4g}]" if self.interval else ""
-        unit = f" {self.unit}" if self.unit else ""
-        verdict = "ok" if self.ok else "short"
-        return f"{self.name} {self.value:.4g}{around}{unit}, {self.side} {self.limit:g} {verdict}"
-
-
 def teacher_quality() -> Iterator[Bar]:
     """The shipped teacher at 40 guided steps on 1,000 held-out captions."""
     rows = _teacher_table()
-    yield _rate("teacher.signs_read", rows["sign_read"], 0.98)
-    yield _rate("teacher.whole_body", rows["whole_body"], 0.90)
+    yield at_least("teacher.signs_read", rows["sign_read"], 0.98)
+    yield at_least("teacher.whole_body", rows["whole_body"], 0.90)
     kl = rows["hue_kl"]
     yield Bar(
         name="teacher.hue_kl",
@@ -179,7 +155,7 @@ def warm_quality() -> Iterator[Bar]:
         found = [s.images for (name, _, _), s in drawn.samples.items() if name == family]
         return np.stack([seen(images, metric) for images in found])
 
-    yield _rate("pcm_2_steps.signs_read", crossed_bootstrap(rows("pcm", "sign_read")), 0.95)
+    yield at_least("pcm_2_steps.signs_read", crossed_bootstrap(rows("pcm", "sign_read")), 0.95)
     bodies, of = rows("pcm", "whole_body"), seen(naive.images, "whole_body")[None]
     times = crossed_bootstrap(
         bodies,
@@ -233,7 +209,7 @@ def gan_quality() -> Iterator[Bar]:
                 interval=gap,
             )
         more = ours.values["sign_read"] - other.values["sign_read"]
-        yield _rate(f"gan.signs_read{suffix}", crossed_bootstrap(more), -0.02)
+        yield at_least(f"gan.signs_read{suffix}", crossed_bootstrap(more), -0.02)
 
 
 def mini_dino() -> Iterator[Bar]:
@@ -279,10 +255,10 @@ def oracles() -> Iterator[Bar]:
 
     for row in fresh_truth(n=1000).itertuples():
         name = f"oracle.fresh.{row.oracle}".replace(" ", "_")
-        yield _rate(name, wilson(row.right, row.n), 0.995)
+        yield at_least(name, wilson(row.right, row.n), 0.995)
     for row in edited_truth(n=1000).itertuples():
         name = f"oracle.edited.{row.edit}.{row.oracle}".replace(", ", "_").replace(" ", "_")
-        yield _rate(name, wilson(row.right, row.n), 0.99)
+        yield at_least(name, wilson(row.right, row.n), 0.99)
 
 
 def speed() -> Iterator[Bar]:
@@ -290,7 +266,7 @@ def speed() -> Iterator[Bar]:
     from turbo_lab.studies import speed
 
     for name, ratio, limit in speed.bars(_lab()):
-        yield _rate(name, ratio, limit)
+        yield at_least(name, ratio, limit)
 
 
 def turbo_quality() -> Iterator[Bar]:
@@ -381,15 +357,7 @@ def main(only: str | None = None) -> int:
     Raises:
         BadInput: ``only`` begins no name of `BARS`.
     """
-    chosen = [name for name in BARS if name.startswith(only or "")]
-    if not chosen:
-        raise BadInput("only", only, f"choose one of {', '.join(BARS)}")
-    short = 0
-    for name in chosen:
-        for bar in BARS[name]():
-            print(bar, flush=True)
-            short += not bar.ok
-    return int(short > 0)
+    return printed(BARS, only)
 
 
 @cache
@@ -413,7 +381,3 @@ def _teacher_table() -> dict[str, Interval]:
     drawn = _teacher_samples()
     table = Yardstick().table(drawn.images, drawn.scenes)
     return {r.metric: Interval(value=r.value, low=r.low, high=r.high) for r in table.itertuples()}
-
-
-def _rate(name: str, interval: Interval, limit: float) -> Bar:
-    return Bar(name=name, value=interval.value, side="at least", limit=limit, interval=interval)
