@@ -24,7 +24,7 @@ from turbo_lab.streams import Draw, noise
 from turbo_lab.testbeds import qwen_data, qwen_files, qwen_pictures
 from turbo_lab.testbeds.postcards import pack
 from turbo_lab.testbeds.qwen_buckets import Shape, square
-from turbo_lab.testbeds.qwen_data import NULL, Prompts, embedded, items, read_prompts
+from turbo_lab.testbeds.qwen_data import NULL, Prompts, embedded, items
 from turbo_lab.testbeds.qwen_files import Bundle, counted_parameters, load_vae, located
 from turbo_lab.testbeds.qwen_image import QwenImage, Schedule, open_testbed, tokens_of
 from turbo_lab.testbeds.qwen_pictures import Codec, encoded, find_images, fitted
@@ -201,19 +201,6 @@ def test_a_longer_list_reuses_whole_shards_and_a_known_one_loads_nothing(
     monkeypatch.setattr(qwen_data, "load_text", lambda *_: pytest.fail("it was loaded again"))
     again = embedded(bundle, ["a", "b", "c"], " ", store=store, device="cpu")
     assert torch.equal(again.rows[2], short.rows[2])
-
-
-def test_prompt_files_are_read_and_refused_in_one_sentence(tmp_path: Path) -> None:
-    file = tmp_path / "prompts.txt"
-    file.write_text("a cat\n\n  a dog \n", encoding="utf-8")
-    assert read_prompts(file) == ("a cat", "a dog")
-    file.write_text("\n")
-    with pytest.raises(BadInput, match="it is empty"):
-        read_prompts(file)
-    file.write_bytes(b"\xff\xfe\x00")
-    for wrong in (file, tmp_path / "nowhere.txt", tmp_path):
-        with pytest.raises(BadInput, match="UTF-8 text file with one prompt per line"):
-            read_prompts(wrong)
 
 
 def test_items_come_in_a_new_order_each_time_and_slice_by_rows() -> None:

@@ -15,7 +15,7 @@ from turbo_lab import factory_plan
 from turbo_lab.errors import BadInput, MissingPiece
 from turbo_lab.testbeds.qwen_buckets import square
 from turbo_lab.testbeds.qwen_pictures import check_pictures, file_hash, fitted
-from turbo_lab.testbeds.qwen_sources import is_sharded, read_column, read_shards
+from turbo_lab.testbeds.qwen_sources import is_sharded, read_column, read_prompts, read_shards
 
 
 def pack(shard: Path, **files: bytes) -> Path:
@@ -93,6 +93,30 @@ def test_shards_that_are_none_are_one_sentence(tmp_path: Path, pictures: list[Pa
         read_shards(pack(tmp_path / "empty.tar", a_txt=b"a"))
     with pytest.raises(BadInput, match=r"train/a.jpg.*has a picture already"):
         read_shards(pack(tmp_path / "two.tar", a_png=b"", a_jpg=b""))
+
+
+def test_prompt_files_are_read_and_refused_in_one_sentence(tmp_path: Path) -> None:
+    file = tiny_qwen.write_prompts(tmp_path / "prompts.txt", "a cat", "", "  a dög ")
+    assert read_prompts(file) == ("a cat", "a dög")
+    file.write_text("\n")
+    with pytest.raises(BadInput, match="it is empty"):
+        read_prompts(file)
+    for wrong in (tmp_path / "nowhere.txt", tmp_path):
+        with pytest.raises(BadInput, match="name a UTF-8 text file with one prompt per line"):
+            read_prompts(wrong)
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.csv", "p.jsonl"])
+def test_other_encodings_are_refused_at_their_first_bad_byte(tmp_path: Path, name: str) -> None:
+    """In Latin-1 ö is one byte, F6, that cannot be where it is in UTF-8."""
+    file = tmp_path / name
+    file.write_bytes("prompt\nzwei Hunde im Moos\nein dösender Hund\n".encode("latin-1"))
+    with pytest.raises(BadInput) as error:
+        read_prompts(file) if name == "p.txt" else read_column(file)
+    assert str(error.value).startswith(
+        f"prompts={str(file)!r} is not allowed: "
+        "it is not UTF-8 from byte 31 (0xF6, on line 3) on; name a "
+    )
 
 
 def test_prompts_are_a_column(tmp_path: Path) -> None:

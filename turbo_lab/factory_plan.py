@@ -14,7 +14,6 @@ from turbo_lab.recipes.models import Profile
 from turbo_lab.recipes.qwen_image import ADAPTER, QwenRecipe, resolve_qwen
 from turbo_lab.recipes.qwen_models import QwenGan
 from turbo_lab.testbeds.qwen_buckets import Buckets, Shape, shapes_of
-from turbo_lab.testbeds.qwen_data import read_prompts
 from turbo_lab.testbeds.qwen_files import DEFAULT_MODEL, SCALE, Bundle, dtype_on, located
 from turbo_lab.testbeds.qwen_pictures import assigned, check_pictures, file_hash, list_images
 from turbo_lab.testbeds.qwen_sources import (
@@ -23,6 +22,7 @@ from turbo_lab.testbeds.qwen_sources import (
     Shards,
     is_sharded,
     read_column,
+    read_prompts,
     read_shards,
 )
 

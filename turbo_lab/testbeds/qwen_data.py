@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from turbo_lab.atomic import save_tensors
-from turbo_lab.errors import BadInput
 from turbo_lab.field import Field
 from turbo_lab.fit import Batch
 from turbo_lab.progress import progress
@@ -141,23 +140,6 @@ class Prompts:
         embeds = torch.nn.utils.rnn.pad_sequence(each, batch_first=True)
         mask = torch.arange(embeds.shape[1]) < lengths[:, None]
         return embeds, None if bool(mask.all()) else mask
-
-
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """Read a text file with one prompt per line; blank lines are left out.
-
-    Raises:
-        BadInput: there is no such file, it is not UTF-8, or no prompt is in it.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = f"name a UTF-8 text file with one prompt per line ({type(error).__name__})"
-        raise BadInput("prompts", str(path), why) from None
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    if not prompts:
-        raise BadInput("prompts", str(path), "it is empty; write one prompt per line")
-    return prompts
 
 
 def embedded(

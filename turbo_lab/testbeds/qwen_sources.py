@@ -118,6 +118,33 @@ def _caption(text: Packed | None) -> str:
 # --- texts --------------------------------------------------------------------------------------
 
 
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """Read a text file with one prompt per line; blank lines are left out.
+
+    Raises:
+        BadInput: there is no such file, it is not UTF-8, or no prompt is in it.
+    """
+    lines = _utf8(path, "a UTF-8 text file with one prompt per line").splitlines()
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise BadInput("prompts", str(path), "it is empty; write one prompt per line")
+    return prompts
+
+
+def _utf8(path: Path, wanted: str) -> str:
+    """Text of a file; of one in another encoding, say where that shows first."""
+    try:
+        data = path.read_bytes()
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        place = f"byte {error.start} (0x{data[error.start]:02X}, on line {line})"
+        why = f"it is not UTF-8 from {place} on; name {wanted}"
+        raise BadInput("prompts", str(path), why) from None
+    except OSError as error:
+        raise BadInput("prompts", str(path), f"name {wanted} ({type(error).__name__})") from None
+
+
 def read_column(table: Path, column: str = "") -> tuple[str, ...]:
     """Read the prompts of a table; rows without one are left out.
 
@@ -126,7 +153,8 @@ def read_column(table: Path, column: str = "") -> tuple[str, ...]:
         column: its name; empty for ``prompt``.
 
     Raises:
-        BadInput: no such table or column, one that cannot be read, or no prompt in it.
+        BadInput: no such table or column, one that cannot be read or is not UTF-8, or no prompt
+            in it.
         MissingPiece: parquet without a library for it.
     """
     rows, column = _table(table), column or COLUMN
@@ -143,14 +171,15 @@ def read_column(table: Path, column: str = "") -> tuple[str, ...]:
 def _table(table: Path) -> Any:
     import pandas as pd
 
+    wanted = f"a {', '.join(TABLES)} file that can be read"
+    text = io.StringIO("" if table.suffix == ".parquet" else _utf8(table, wanted), newline="")
     try:
         if table.suffix == ".csv":
-            return pd.read_csv(table, dtype=str, keep_default_na=False)
+            return pd.read_csv(text, dtype=str, keep_default_na=False)
         if table.suffix == ".jsonl":
-            return pd.read_json(table, lines=True, dtype=False, convert_dates=False)
+            return pd.read_json(text, lines=True, dtype=False, convert_dates=False)
         return pd.read_parquet(table)
     except ImportError as error:
         raise MissingPiece("Parquet needs pyarrow: install it, or use csv or jsonl.") from error
     except (OSError, ValueError, pd.errors.ParserError) as error:
-        why = f"name a {', '.join(TABLES)} file that can be read ({type(error).__name__})"
-        raise BadInput("prompts", str(table), why) from None
+        raise BadInput("prompts", str(table), f"name {wanted} ({type(error).__name__})") from None
