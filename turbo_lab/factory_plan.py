@@ -14,6 +14,7 @@ from turbo_lab.recipes.models import Profile
 from turbo_lab.recipes.qwen_image import ADAPTER, QwenRecipe, resolve_qwen
 from turbo_lab.recipes.qwen_models import QwenGan
 from turbo_lab.testbeds.qwen_buckets import Buckets, Shape, shapes_of
+from turbo_lab.testbeds.qwen_data import warn_of_cuts
 from turbo_lab.testbeds.qwen_files import DEFAULT_MODEL, SCALE, Bundle, dtype_on, located
 from turbo_lab.testbeds.qwen_pictures import assigned, check_pictures, file_hash, list_images
 from turbo_lab.testbeds.qwen_sources import (
@@ -106,7 +107,7 @@ def check(
     storage: str = "",
     buckets: str = "",
 ) -> Job:
-    """Resolve a training and check all of it but the memory; nothing is loaded or written.
+    """Resolve a training and check all of it but the memory; no weights are read, none written.
 
     Args:
         recipe: name of a recipe, see `turbo_lab.recipes.qwen_image.QWEN_RECIPES`.
@@ -129,6 +130,9 @@ def check(
     Raises:
         BadInput: a value is not allowed, or a file is not what it should be.
         MissingPiece: the model is nowhere.
+
+    Warns:
+        CutWarning: prompts are longer than what the model reads of them.
     """
     resolved = resolve_qwen(
         recipe, size=size, profile=profile, seed=seed, rank=rank, images=images is not None
@@ -143,6 +147,7 @@ def check(
         needs = f"there are {len(files)} images; write one prompt for each, in the order of names"
         raise BadInput("prompts", f"{len(texts)} prompts", needs)
     bundle = located(model)
+    warn_of_cuts(bundle, texts)
     return Job(
         recipe=resolved,
         bundle=bundle,

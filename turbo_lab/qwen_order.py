@@ -18,6 +18,7 @@ from turbo_lab.qwen_counts import Work
 from turbo_lab.qwen_fast import FP8_LINEARS, KERNELS
 from turbo_lab.schedules import of_file, published, wanted_by
 from turbo_lab.testbeds.linears import qwen_linears
+from turbo_lab.testbeds.qwen_data import warn_of_cuts
 from turbo_lab.testbeds.qwen_files import CHANNELS, DEFAULT_MODEL, SCALE, Bundle, located
 from turbo_lab.testbeds.qwen_image import Schedule
 
@@ -227,6 +228,9 @@ def checked_order(
     Raises:
         BadInput: a value is not allowed, or a file is not what it should be.
         MissingPiece: the model is nowhere.
+
+    Warns:
+        CutWarning: prompts are longer than what the model reads of them.
     """
     texts = _texts(prompts, batch)
     if weights and len(weights) != len(loras):
@@ -247,6 +251,7 @@ def checked_order(
     shapes = qwen_linears(bundle)
     read = tuple(read_lora(file, shapes, model) for file in files)
     tokens = Work(height=height, width=width, batch=len(texts)).tokens
+    warn_of_cuts(bundle, prompts)
     return Order(
         bundle=bundle,
         prompts=texts,

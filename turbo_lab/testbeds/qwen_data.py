@@ -9,6 +9,8 @@ Nothing is held in memory but what a batch needs.
 from __future__ import annotations
 
 import gc
+import unicodedata
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -26,12 +28,14 @@ from turbo_lab.progress import progress
 from turbo_lab.sample import draw_samples
 from turbo_lab.store import Artefact, Store
 from turbo_lab.streams import Draw, generator, noise
-from turbo_lab.testbeds.qwen_files import Bundle, load_text
+from turbo_lab.testbeds.qwen_files import Bundle, load_text, load_tokenizer
 
 NULL = -1
 """Number of the negative prompt."""
 MAX_TOKENS = 512
-"""Of a prompt's embeddings, as `QwenImagePipeline` cuts them by default."""
+"""Of a prompt's embeddings, as `QwenImagePipeline` cuts them by default, see `warn_of_cuts`."""
+_SURE = MAX_TOKENS - 32
+"""Bytes of a prompt that fit for sure, with more room than the template's end takes."""
 ENCODED_AT_ONCE = 8
 PER_SHARD: Mapping[str, int] = {"prompts": 256, "latents": 64, "pairs": 16}
 _FILE = "rows.safetensors"
@@ -169,11 +173,61 @@ def embedded(
     return found
 
 
-def _encoder_identity(bundle: Bundle) -> dict[str, Any]:
+class CutWarning(UserWarning):
+    """Prompts are longer than what is embedded of them."""
+
+
+def warn_of_cuts(bundle: Bundle, prompts: Sequence[str]) -> None:
+    """Say how many prompts lose their end, before anything large is loaded.
+
+    The stock `QwenImagePipeline` loses it too, without a word: its tokenizer truncates at 1024
+    tokens, ``max_sequence_length`` then cuts embeddings at 512 by default, and only a
+    ``max_sequence_length`` above 1024 raises. What follows the prompt in the template counts.
+
+    Args:
+        bundle: the pipeline; its tokenizer is loaded only if a prompt could be that long.
+        prompts: texts, each counted as often as it is there.
+
+    Raises:
+        MissingPiece: the tokenizer is missing or damaged.
+
+    Warns:
+        CutWarning: how many, and the first of them with its length.
+    """
+    # A token has at least a byte of the text in the form that Qwen's tokenizer brings it to.
+    could = [one for one in prompts if _bytes(unicodedata.normalize("NFC", one)) > _SURE]
+    if not could:
+        return
+    stock, tokenizer = _template(), load_tokenizer(bundle)
+    texts = [stock.prompt_template_encode.format(one) for one in could]
+    ids = tokenizer(texts, verbose=False)["input_ids"]
+    lengths = [len(row) - stock.prompt_template_encode_start_idx for row in ids]
+    cut = [(one, n) for one, n in zip(could, lengths, strict=True) if n > MAX_TOKENS]
+    if cut:
+        first, length = cut[0]
+        warnings.warn(
+            f"{len(cut)} of {len(prompts)} prompts have more than {MAX_TOKENS} tokens, the end of "
+            "the template included, and are cut there as diffusers' QwenImagePipeline cuts them: "
+            f"the first has {length} and begins {first[:40]!r}.",
+            CutWarning,
+            stacklevel=2,
+        )
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
+
+
+def _template() -> Any:
+    """A stock pipeline of nothing: it knows the text around a prompt."""
     from diffusers import QwenImagePipeline
 
     parts = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "transformer"))
-    stock = QwenImagePipeline(**parts)
+    return QwenImagePipeline(**parts)
+
+
+def _encoder_identity(bundle: Bundle) -> dict[str, Any]:
+    stock = _template()
     return {
         "encoder": bundle.identity("text_encoder"),
         "tokenizer": bundle.identity("tokenizer"),

@@ -322,19 +322,32 @@ def load_text(bundle: Bundle, device: str) -> Any:
         MissingPiece: weights are missing or damaged, or there is no room for them.
     """
     from diffusers import QwenImagePipeline
-    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+    from transformers import Qwen2_5_VLForConditionalGeneration
 
     folder = bundle.weights("text_encoder")
-    if not (bundle.folder / "tokenizer").is_dir():
-        raise MissingPiece(f"The tokenizer of {bundle.model} is missing.")
+    tokenizer = load_tokenizer(bundle)
     _check_room(bundle, device)
     with _loading(bundle, "text_encoder"):
         encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder, dtype=dtype_on(device), use_safetensors=True
         )
-        tokenizer = Qwen2Tokenizer.from_pretrained(bundle.folder / "tokenizer")
     parts = {"scheduler": None, "vae": None, "transformer": None}
     return QwenImagePipeline(**parts, text_encoder=encoder.to(device).eval(), tokenizer=tokenizer)
+
+
+def load_tokenizer(bundle: Bundle) -> Any:
+    """Load the tokenizer.
+
+    Raises:
+        MissingPiece: it is missing or damaged.
+    """
+    from transformers import Qwen2Tokenizer
+
+    folder = bundle.folder / "tokenizer"
+    if not folder.is_dir():
+        raise MissingPiece(f"The tokenizer of {bundle.model} is missing.")
+    with _loading(bundle, "tokenizer"):
+        return Qwen2Tokenizer.from_pretrained(folder)
 
 
 def _check_room(bundle: Bundle, device: str) -> None:
