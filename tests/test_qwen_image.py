@@ -25,9 +25,10 @@ from turbo_lab.testbeds import qwen_data, qwen_files, qwen_pictures
 from turbo_lab.testbeds.postcards import pack
 from turbo_lab.testbeds.qwen_buckets import Shape, square
 from turbo_lab.testbeds.qwen_data import NULL, Prompts, embedded, items
-from turbo_lab.testbeds.qwen_files import Bundle, counted_parameters, load_vae, located
+from turbo_lab.testbeds.qwen_files import Bundle, load_vae, located
 from turbo_lab.testbeds.qwen_image import QwenImage, Schedule, open_testbed, tokens_of
 from turbo_lab.testbeds.qwen_pictures import Codec, encoded, find_images, fitted
+from turbo_lab.testbeds.qwen_sizes import counted_parameters
 
 TEXTS = ("a cat", "two dogs on the moss, the sign reads 42")
 SIZE = 64

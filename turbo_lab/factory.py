@@ -20,7 +20,7 @@ from turbo_lab.atomic import atomic_write_text, save_tensors
 from turbo_lab.checkpoints import Checkpoints
 from turbo_lab.errors import MissingPiece
 from turbo_lab.factory_data import image_supply, supplies_of
-from turbo_lab.factory_memory import check_memory, check_weights
+from turbo_lab.factory_memory import check_memory, check_parts
 from turbo_lab.factory_plan import Job, gans, has_before, rivals
 from turbo_lab.fit import Objective, Player, Record, Saving, Shadow, fit
 from turbo_lab.gan_pieces import GanPieces
@@ -78,7 +78,7 @@ def trained(
     if ranks.agreed(not fresh and store.find(job.artefact, specs[-1]) is not None):
         return _written(store, job, specs[-1])
     check_memory(job, free_memory(job.device))
-    check_weights(job)
+    check_parts(job)
     bench = cache(partial(_bench, job, store))
     made: Artefact | None = None
     for k, spec in enumerate(specs):

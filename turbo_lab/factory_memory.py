@@ -14,7 +14,8 @@ from turbo_lab.memory import gigabytes
 from turbo_lab.qwen_counts import TransformerSize
 from turbo_lab.qwen_gan import critic_bytes
 from turbo_lab.recipes.qwen_models import QwenRecipe
-from turbo_lab.testbeds.qwen_files import Counts, counted_parameters, dtype_on
+from turbo_lab.testbeds.qwen_files import check_weights, dtype_on
+from turbo_lab.testbeds.qwen_sizes import Counts, counted_parameters
 
 RANKS = (64, 32, 16, 8, 4)
 """Ranks that are suggested where memory is short."""
@@ -123,16 +124,15 @@ def check_memory(job: Job, free: int | None) -> None:
     )
 
 
-def check_weights(job: Job) -> None:
-    """Refuse a local pipeline that lacks weights which the training will load; reads none.
+def check_parts(job: Job) -> None:
+    """Refuse a local pipeline whose weights, of parts that the training will load, do not fit.
 
     Raises:
-        MissingPiece: naming the first file that is missing.
+        MissingPiece: see `turbo_lab.testbeds.qwen_files.check_weights`.
     """
     decodes = bool(job.images) or looks_at_pictures(job.recipe)
     parts = ("transformer", "text_encoder", *(("vae",) if decodes else ()))
-    for part in parts if job.bundle.commit is None else ():  # a hub is asked for each when needed
-        job.bundle.weights(part)
+    check_weights(job.bundle, parts)
 
 
 def _fits(job: Job, rank: int, free: int) -> bool:

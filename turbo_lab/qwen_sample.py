@@ -44,6 +44,7 @@ from turbo_lab.testbeds.qwen_data import NULL, Prompts, embedded, release
 from turbo_lab.testbeds.qwen_files import (
     CHANNELS,
     SCALE,
+    check_weights,
     dtype_on,
     load_transformer,
     load_vae,
@@ -137,6 +138,7 @@ def opened(order: Order, store: Store | None = None) -> Opened:
     fast = order.fast
     if fast.precision == "fp8":
         check_fp8(order.device)
+    check_weights(order.bundle, ("text_encoder", "transformer"))
     prompts = embedded(
         order.bundle,
         order.texts,
@@ -301,8 +303,13 @@ class Drawn:
 
 
 def drawn(order: Order, store: Store | None = None) -> Drawn:
-    """Draw an order: embed, load, sample, free, decode."""
+    """Draw an order: embed, load, sample, free, decode.
+
+    Raises:
+        MissingPiece: see `opened`; the decoder's weights are asked for before anything is loaded.
+    """
     seconds: dict[str, float] = {}
+    check_weights(order.bundle, ("vae",))
     with _timed(seconds, "opening", order.device):
         ready = opened(order, store)
     with _timed(seconds, "transformer", order.device):

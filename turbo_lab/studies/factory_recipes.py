@@ -13,7 +13,8 @@ from turbo_lab.qwen_counts import Model
 from turbo_lab.qwen_plan import ENCODER, VAE
 from turbo_lab.recipes.models import Profile
 from turbo_lab.recipes.qwen_image import QwenGan, QwenRecipe, resolve_qwen
-from turbo_lab.testbeds.qwen_files import SCALE, Counts, adapter_parameters
+from turbo_lab.testbeds.qwen_files import SCALE
+from turbo_lab.testbeds.qwen_sizes import Counts, adapter_parameters
 
 
 def resolved(names: Sequence[str], *, size: int = 1024, profile: Profile = "quick") -> pd.DataFrame:

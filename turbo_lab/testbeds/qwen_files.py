@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from turbo_lab.adapters import AdapterSize
 from turbo_lab.errors import BadInput, MissingPiece
 from turbo_lab.memory import free_memory, gigabytes
 from turbo_lab.progress import library_bars
+from turbo_lab.testbeds.qwen_weights import misfit
 
 DEFAULT_MODEL = "Qwen/Qwen-Image-2512"
 CHANNELS = 16
@@ -206,35 +206,14 @@ def _sampled(file: Path) -> bytes:
 # --- how large it is ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """Parameters of the parts, and of one adapter on the transformer."""
-
-    transformer: int
-    adapter: int
-    text_encoder: int
-    vae: int
-
-
-def counted_parameters(bundle: Bundle, adapter: AdapterSize) -> Counts:
-    """Count parameters from the settings alone, by building the networks without memory.
-
-    Raises:
-        BadInput: a target of the adapter is no linear layer of the transformer.
-    """
+def empty(bundle: Bundle, part: str) -> nn.Module:
+    """The transformer or the VAE, as its settings say, without memory."""
+    import diffusers
     from accelerate import init_empty_weights
-    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 
-    with _loading(bundle, "transformer"), init_empty_weights():
-        net = QwenImageTransformer2DModel.from_config(bundle.config("transformer"))
-    with _loading(bundle, "vae"), init_empty_weights():
-        vae = AutoencoderKLQwenImage.from_config(bundle.config("vae"))
-    return Counts(
-        transformer=_size(net),
-        adapter=adapter_parameters(net, adapter),
-        text_encoder=text_parameters(bundle),
-        vae=_size(vae),
-    )
+    with _loading(bundle, part), init_empty_weights():
+        net: nn.Module = getattr(diffusers, CLASSES[part]).from_config(bundle.config(part))
+    return net
 
 
 def text_parameters(bundle: Bundle) -> int:
@@ -244,30 +223,49 @@ def text_parameters(bundle: Bundle) -> int:
 
     with _loading(bundle, "text_encoder"), init_empty_weights():
         config = AutoConfig.from_pretrained(bundle.folder / "text_encoder")
-        return _size(Qwen2_5_VLForConditionalGeneration(config))
+        return size_of(Qwen2_5_VLForConditionalGeneration(config))
 
 
-def _size(net: nn.Module) -> int:
+def size_of(net: nn.Module) -> int:
+    """Parameters of a network."""
     return sum(parameter.numel() for parameter in net.parameters())
 
 
-def adapter_parameters(net: nn.Module, adapter: AdapterSize) -> int:
-    """``rank (in + out)`` for every linear layer that a target names.
+# --- loading ------------------------------------------------------------------------------------
+
+
+def check_weights(bundle: Bundle, parts: Sequence[str]) -> None:
+    """Refuse a local pipeline that lacks weights; of those that are there, headers are read.
+
+    A hub's are checked when they are loaded. The text encoder's may have other names than its
+    network and are only asked whether they are there.
 
     Raises:
-        BadInput: a target is no linear layer of the network.
+        MissingPiece: a file is missing, or its tensors are not those that the settings ask for.
     """
-    linears = {path: m for path, m in net.named_modules() if isinstance(m, nn.Linear)}
-    total = 0
-    for target in adapter.targets:
-        hits = [m for path, m in linears.items() if path == target or path.endswith(f".{target}")]
-        if not hits:
-            raise BadInput("targets", target, "use names of linear layers of the transformer")
-        total += sum(adapter.rank * (m.in_features + m.out_features) for m in hits)
-    return total
+    for part in parts if bundle.commit is None else ():
+        if part == "text_encoder":
+            bundle.weights(part)
+        else:
+            _fitting(bundle, part)
 
 
-# --- loading ------------------------------------------------------------------------------------
+def _fitting(bundle: Bundle, part: str) -> Path:
+    """Return the folder of a part's weights, if their names and shapes are those of its network.
+
+    Where tensors lack, torch would say so in words of its own, with the whole network in memory;
+    tensors too many are left out by diffusers, which then draws with another network.
+
+    Raises:
+        MissingPiece: they are not, or a file is missing or damaged.
+    """
+    folder = bundle.weights(part)
+    wanted = {key: tuple(one.shape) for key, one in empty(bundle, part).state_dict().items()}
+    with _loading(bundle, part):
+        why = misfit(folder, wanted)
+    if why:
+        raise MissingPiece(f"The {part} of {bundle.model} does not fit its config.json: {why}.")
+    return folder
 
 
 def dtype_on(device: str) -> torch.dtype:
@@ -284,11 +282,11 @@ def load_transformer(bundle: Bundle, device: str, dtype: torch.dtype | None = No
         dtype: of the weights; None for that of the device, see `dtype_on`.
 
     Raises:
-        MissingPiece: weights are missing or damaged.
+        MissingPiece: weights are missing, damaged, or not those that the settings ask for.
     """
     from diffusers import QwenImageTransformer2DModel
 
-    folder = bundle.weights("transformer")
+    folder = _fitting(bundle, "transformer")
     with _loading(bundle, "transformer"):
         net: nn.Module = QwenImageTransformer2DModel.from_pretrained(
             folder,
@@ -303,11 +301,11 @@ def load_vae(bundle: Bundle, device: str) -> Any:
     """Load the VAE, in eval mode.
 
     Raises:
-        MissingPiece: weights are missing or damaged.
+        MissingPiece: weights are missing, damaged, or not those that the settings ask for.
     """
     from diffusers import AutoencoderKLQwenImage
 
-    folder = bundle.weights("vae")
+    folder = _fitting(bundle, "vae")
     with _loading(bundle, "vae"):
         vae = AutoencoderKLQwenImage.from_pretrained(
             folder, torch_dtype=dtype_on(device), use_safetensors=True
