@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import timm
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 from torch.nn.utils.parametrizations import spectral_norm
 
+from turbo_lab import features
 from turbo_lab.adapters import AdapterSize, Host, Worn
 from turbo_lab.augment import AUGMENTS, augmented, cutout, random_crop, translation
 from turbo_lab.critic import TrainableCritic, Voting, votes_of
@@ -120,6 +123,81 @@ def test_weights_that_are_nowhere_are_said_in_one_sentence(
     damaged.write_bytes(b"\xff" * 64)
     with pytest.raises(MissingPiece, match="does not hold the weights"):
         vit_features(VIT, (0,), size=48, weights=damaged)
+
+
+class Answers(BaseHTTPRequestHandler):
+    """A hub that has nothing: it answers every question with one number."""
+
+    code = 404
+
+    def do_HEAD(self) -> None:
+        self.send_response(self.code)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HTTPServer]:
+    """A hub that listens and, until its test serves, never answers; nothing is cached."""
+    import huggingface_hub.constants as known
+
+    with HTTPServer(("127.0.0.1", 0), Answers) as server:
+        address = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/{{revision}}/{{filename}}"
+        monkeypatch.setattr(known, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(known, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(known, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+        yield server
+
+
+def _reached(*_: object, **__: object) -> None:
+    raise OSError("timm was reached")
+
+
+def test_a_hub_that_is_silent_or_gone_is_not_waited_for(
+    hub: HTTPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("timm was reached"))
+    monkeypatch.setattr(features, "HUB_SECONDS", 0.5)
+    with pytest.raises(MissingPiece, match=r"hub does not give them \((no answer|.*Timeout)"):
+        vit_features(VIT, (0,))
+    monkeypatch.setattr(features, "HUB_SECONDS", 60.0)  # a refused connection is known at once
+    hub.server_close()
+    with pytest.raises(MissingPiece, match=r"hub does not give them \(Connect.*: give weights="):
+        vit_features(VIT, (0,))
+
+
+@pytest.mark.parametrize(("code", "why"), [(404, "OSError"), (503, "error 503")])
+def test_a_hub_that_answers_is_timms_to_ask_unless_it_is_broken(
+    hub: HTTPServer, monkeypatch: pytest.MonkeyPatch, code: int, why: str
+) -> None:
+    monkeypatch.setattr(Answers, "code", code)
+    monkeypatch.setattr(timm, "create_model", _reached)
+    monkeypatch.setattr(features, "HUB_SECONDS", 60.0)
+    serving = Thread(target=hub.serve_forever, daemon=True)
+    serving.start()
+    try:
+        with pytest.raises(MissingPiece, match=rf"hub does not give them \({why}\)"):
+            vit_features(VIT, (0,))
+    finally:
+        hub.shutdown()
+        serving.join()
+
+
+def test_weights_in_the_cache_need_no_hub(
+    hub: HTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "_ask", lambda *_: pytest.fail("a hub was asked"))
+    monkeypatch.setattr(timm, "create_model", _reached)
+    name = timm.models.get_pretrained_cfg(VIT).hf_hub_id.replace("/", "--")
+    snapshot = tmp_path / f"models--{name}" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").touch()
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    with pytest.raises(MissingPiece, match="OSError"):
+        vit_features(VIT, (0,))
 
 
 @pytest.mark.parametrize(

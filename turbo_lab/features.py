@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,13 @@ from turbo_lab.streams import seed_for
 HUB = "hub"
 RANDOM = "random"
 """Values of `vit_features`' ``weights`` that are no file."""
+HUB_SECONDS = 4.0
+"""How long a hub may take to answer at all; without a network its own client tries for a minute."""
+_HUB_FILES = (
+    *("model.safetensors", "pytorch_model.bin"),
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+)
+"""Names that timm knows weights by."""
 
 
 class Features(Protocol):
@@ -229,7 +237,9 @@ def _created(name: str, size: int | None, weights: str | Path) -> nn.Module:
     from safetensors import SafetensorError
 
     options: dict[str, Any] = {} if size is None else {"img_size": size}
-    if weights not in (HUB, RANDOM):
+    if weights == HUB:
+        _check_hub(name)
+    elif weights != RANDOM:
         options["pretrained_cfg_overlay"] = {"file": str(_weight_file(Path(weights)))}
     try:
         return timm.create_model(name, pretrained=weights != RANDOM, num_classes=0, **options)
@@ -249,6 +259,47 @@ def _weight_file(path: Path) -> Path:
     if not path.is_file():
         raise MissingPiece(f"There is no file {path} with the weights of a vision transformer.")
     return path
+
+
+def _check_hub(name: str) -> None:
+    """Refuse weights that are not in the hub's cache on this machine where no hub answers.
+
+    Raises:
+        MissingPiece: after `HUB_SECONDS` at most.
+    """
+    from huggingface_hub import hf_hub_url, try_to_load_from_cache
+    from timm.models import get_pretrained_cfg
+
+    known = get_pretrained_cfg(name)
+    if known is None or not known.hf_hub_id:
+        return
+    repository, _, revision = known.hf_hub_id.partition("@")
+    files = (known.hf_hub_filename or _HUB_FILES[0], *_HUB_FILES)
+    at = {"repo_id": repository, "revision": revision or None}
+    if any(isinstance(try_to_load_from_cache(filename=file, **at), str) for file in files):
+        return
+    said: list[str] = []
+    # In a thread, because a name that is looked up heeds no timeout.
+    asking = Thread(target=_ask, args=(hf_hub_url(filename=files[0], **at), said), daemon=True)
+    asking.start()
+    asking.join(HUB_SECONDS)
+    why = said[0] if said else f"no answer in {HUB_SECONDS:g} seconds"
+    if why:
+        raise _no_weights(name, HUB, why)
+
+
+def _ask(url: str, said: list[str]) -> None:
+    """Ask a hub for a file's size, and add what went wrong: nothing if it answered anything."""
+    from huggingface_hub import get_hf_file_metadata
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        get_hf_file_metadata(url, timeout=HUB_SECONDS)
+        said.append("")
+    except HfHubHTTPError as error:  # that there is no such file, say, is for timm to find out
+        said.append(f"error {code}" if (code := error.response.status_code) >= 500 else "")
+    except Exception as error:  # of the library that the hub's client has for HTTP, whichever it is
+        said.append(type(error).__name__)
 
 
 def _no_weights(name: str, weights: str | Path, why: str) -> MissingPiece:
