@@ -33,6 +33,18 @@ def test_no_component_is_above_its_roof(name: str, rings: int) -> None:
         assert 1e12 * y <= min(x * on.bandwidth, on.fp8 or on.bf16) * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("name", ["H100", "RTX 3090"])
+def test_names_of_components_stay_inside_of_the_axes(name: str) -> None:
+    figure = roofline_figure(WORK, device(name))
+    figure.canvas.draw()
+    (axis,) = figure.axes
+    frame = axis.get_window_extent()
+    assert len(axis.texts) == 6
+    for text in axis.texts:
+        box = text.get_window_extent()
+        assert frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1), text.get_text()
+
+
 def test_bars_end_where_the_plan_says() -> None:
     (axis,) = memory_figure(WORK).axes
     table = need_table(WORK)

@@ -38,6 +38,7 @@ def roofline_figure(work: Work, on: Device) -> Figure:
     Dots are under the roof of bf16; rings are where linear layers go with fp8, if it has that.
     """
     counts = counted(Model(), work)
+    densities = [count.flops / count.bytes for count in counts]
     x = np.geomspace(1, 1e5, 200)
     with style():
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
@@ -45,11 +46,11 @@ def roofline_figure(work: Work, on: Device) -> Figure:
         axis.plot(x, _roof(x, on.bandwidth, on.bf16), color=INK, lw=1.2, label="bf16")
         if on.fp8 is not None:
             axis.plot(x, _roof(x, on.bandwidth, on.fp8), color=ACCENT, lw=1, label="fp8")
-        for count in counts:
-            dense = count.flops / count.bytes
+        for count, dense in zip(counts, densities, strict=True):
             attained = float(_roof(dense, on.bandwidth, on.bf16))
             axis.plot(dense, attained, "o", color=INK, ms=4)
-            _name(axis, count.component, count.flops, (dense, attained))
+            alone = sum(0.1 < other / dense < 10 for other in densities) == 1
+            _name(axis, count.component, count.flops, (dense, attained), alone=alone)
             if on.fp8 is not None and count.component in LINEARS:
                 dense = count.flops / (count.bytes - count.weights // 2)
                 axis.plot(dense, _roof(dense, on.bandwidth, on.fp8), "o", mfc="none", color=ACCENT)
@@ -66,10 +67,11 @@ def _roof(dense: Any, bandwidth: float, rate: float) -> Any:
     return np.minimum(dense * bandwidth, rate) / 1e12
 
 
-def _name(axis: Axes, component: str, flops: int, at: tuple[float, float]) -> None:
+def _name(axis: Axes, component: str, flops: int, at: tuple[float, float], *, alone: bool) -> None:
+    """Name a dot: slanted between neighbours, level where it has none and may be near the axis."""
     axis.annotate(
         f"{component}, {flops / 1e12:,.4g} TFLOP", at, (3, -5), textcoords="offset points",
-        fontsize=7, rotation=-38, ha="left", va="top", rotation_mode="anchor",
+        fontsize=7, rotation=0 if alone else -38, ha="left", va="top", rotation_mode="anchor",
     )  # fmt: skip
 
 
