@@ -124,15 +124,20 @@ def student_explorer(lab: Lab, families: Sequence[str]) -> ipywidgets.Widget:
 
 KNOBS: Mapping[tuple[float, ...], str] = MappingProxyType(
     {
-        (8, 0.7155, 4.0): "dmd2",
-        (4, 0.7155, 4.0): "dmd2",
-        (2, 0.5, 4.0): "dmd2-second-0.5",
-        (2, 0.7155, 4.0): "dmd2",
-        (2, 0.8, 4.0): "dmd2-second-0.8",
-        (2, 0.7155, 2.0): "dmd2-guidance-2",
+        (8, 0.7155, 4.0, 2, 0.0): "dmd2",
+        (4, 0.7155, 4.0, 2, 0.0): "dmd2",
+        (2, 0.5, 4.0, 2, 0.0): "dmd2-second-0.5",
+        (2, 0.7155, 4.0, 2, 0.0): "dmd2",
+        (2, 0.8, 4.0, 2, 0.0): "dmd2-second-0.8",
+        (2, 0.7155, 2.0, 2, 0.0): "dmd2-guidance-2",
+        (2, 0.7155, 4.0, 1, 0.0): "dmd2-updates-1",
+        (2, 0.7155, 4.0, 4, 0.0): "dmd2-updates-4",
+        (2, 0.7155, 4.0, 2, 0.5): "dmd2-alpha-0.5",
+        (2, 0.7155, 4.0, 2, 1.0): "dmd2-alpha-1",
     }
 )
-"""Steps, second time (of 2 steps) and guidance of the DMD2 students that there are."""
+"""Steps, second time (of 2 steps), guidance, updates of the fake for each of the student's, and
+alpha, of the DMD2 students that there are."""
 
 
 def dmd2_png(lab: Lab, caption: str, *, family: str, steps: int, noises: int, seed: int) -> bytes:
@@ -169,7 +174,7 @@ def dmd2_png(lab: Lab, caption: str, *, family: str, steps: int, noises: int, se
 
 
 def dmd2_explorer(lab: Lab, *, noises: int = 24) -> ipywidgets.Widget:
-    """Controls for steps, second time and guidance beside a student's samples."""
+    """Controls for steps, second time, guidance, updates of the fake and alpha beside samples."""
     import ipywidgets as w
 
     def choices(k: int) -> list[float]:
@@ -179,6 +184,8 @@ def dmd2_explorer(lab: Lab, *, noises: int = 24) -> ipywidgets.Widget:
         "steps": w.SelectionSlider(options=choices(0), value=2, description="steps"),
         "second": w.SelectionSlider(options=choices(1), value=0.7155, description="second time"),
         "guidance": w.SelectionSlider(options=choices(2), value=4.0, description="guidance"),
+        "updates": w.SelectionSlider(options=choices(3), value=2, description="fake updates"),
+        "alpha": w.SelectionSlider(options=choices(4), value=0.0, description="alpha"),
         "seed": w.BoundedIntText(value=0, min=0, max=10**6, description="noise"),
     }
     words = caption_boxes()

@@ -8,8 +8,9 @@ from functools import partial
 from types import MappingProxyType
 
 from turbo_lab.errors import BadInput
+from turbo_lab.methods.divergences import LINE, needs_ratio
 from turbo_lab.path import shift_time
-from turbo_lab.recipes.models import Family, Profile, Rates, Recipe, Stage
+from turbo_lab.recipes.models import Family, Pairs, Profile, Rates, Recipe, Stage
 from turbo_lab.recipes.teacher import GUIDANCE
 from turbo_lab.recipes.trajectory import student
 
@@ -24,6 +25,12 @@ CALLS: Mapping[Profile, int] = {"smoke": 2_000, "quick": 140_000, "paper": 1_500
 """Network calls that each student may spend: one per image and forward pass, three with a
 gradient; a guided velocity is two."""
 RIVAL_UPDATES = 2
+RATIO_PAIRS: Mapping[Profile, Pairs] = {
+    "smoke": Pairs(n=8, steps=4),
+    "quick": Pairs(n=1024, steps=40),
+    "paper": Pairs(n=4096, steps=40),
+}
+"""Samples of the guided teacher from which a critic learns the ratio r = p / q."""
 NOISE_SHIFT = 4.0
 """Timestep shift of the times at which student and teacher are compared, and the fake learns: where
 a sign goes and what it says is decided at high noise. LOG.md has the looks that chose it."""
@@ -37,11 +44,14 @@ class Variant:
         title: for tables and figures.
         options: of the method, over those of the plain student.
         guidance_scale: of the teacher.
+        extra: network calls per sample that an update of the student costs more than usual, its
+            share of its rivals' turns included.
     """
 
     title: str
     options: Mapping[str, Option] = field(default_factory=dict)
     guidance_scale: float = GUIDANCE
+    extra: float = 0.0
 
 
 def sampler_times(steps: int) -> tuple[float, ...]:
@@ -56,6 +66,13 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
         "second-0.5": Variant(title="second time 0.5", options={"times": (1.0, 0.5)}),
         "second-0.8": Variant(title="second time 0.8", options={"times": (1.0, 0.8)}),
         "guidance-2": Variant(title="guidance 2", guidance_scale=2.0),
+        "updates-1": Variant(title="1 update of the fake", options={"rival_updates": 1}),
+        "updates-4": Variant(title="4 updates of the fake", options={"rival_updates": 4}),
+        # The critic looks at samples of the student in each of two turns.
+        "alpha-0.5": Variant(
+            title="weight r^0.5", options={"divergence": LINE, "alpha": 0.5}, extra=3.0
+        ),
+        "alpha-1": Variant(title="weight r", options={"divergence": LINE, "alpha": 1.0}, extra=3.0),
     }
 )
 """What the 2-step student is compared with; each changes one thing."""
@@ -91,20 +108,27 @@ def dmd2(profile: Profile, seed: int, *, steps: int, variant: str = "") -> Recip
     }
     batch_size = {"smoke": 4, "quick": 16, "paper": 32}[profile]
     rival_updates = int(str(options["rival_updates"]))
-    per_round = calls_per_round(steps, rival_updates) * batch_size
-    rounds = max(2 * rival_updates, int(CALLS[profile] / per_round))
+    per_round = calls_per_round(steps, rival_updates) + changed.extra / rival_updates
+    rounds = max(2 * rival_updates, int(CALLS[profile] / (per_round * batch_size)))
+    rates = {
+        "student": Rates(lr=1e-3, betas=(0.0, 0.999), warmup=10, final=0.1),
+        "fake": Rates(lr=2e-3, betas=(0.0, 0.999), warmup=10, final=0.1),
+    }
+    weighed = needs_ratio(
+        str(options.get("divergence", "rkl")), float(str(options.get("alpha", 0)))
+    )
+    if weighed:
+        rates["critic"] = Rates(lr=1e-3, betas=(0.0, 0.999), warmup=10, final=0.1)
     stage = Stage(
         method="dmd2",
         options=options,
         steps=rounds,
         batch_size=batch_size,
-        rates={
-            "student": Rates(lr=1e-3, betas=(0.0, 0.999), warmup=10, final=0.1),
-            "fake": Rates(lr=2e-3, betas=(0.0, 0.999), warmup=10, final=0.1),
-        },
+        rates=rates,
         ema=0.99,
         teacher="guided",
         guidance_scale=changed.guidance_scale,
+        pairs=RATIO_PAIRS[profile] if weighed else None,
     )
     name = f"dmd2-{steps}{'-' * bool(variant)}{variant}"
     return student(name, seed, (stage,))

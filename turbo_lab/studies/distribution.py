@@ -198,18 +198,23 @@ def variant_titles(comparison: Comparison) -> dict[str, str]:
 
 
 def curves(comparison: Comparison) -> pd.DataFrame:
-    """Training history of the first training of each plain student.
+    """Training history of the first training of each plain student, and with other fake updates.
 
     Columns ``student``, ``calls`` (network calls per sample so far), ``term``, ``value``.
     """
     rows = []
-    for steps in comparison.budget.steps:
-        recipe = student_recipe("dmd2", steps=steps)
-        student = comparison.drawn.students["dmd2", steps, 0]
+    shown = [("dmd2", steps, f"{steps} steps") for steps in comparison.budget.steps]
+    shown += [
+        (f"dmd2-{name}", FEW, f"{FEW} steps, {VARIANTS[name].title}")
+        for name in comparison.budget.variants
+        if name.startswith("updates")
+    ]
+    for family, steps, name in shown:
+        recipe = student_recipe(family, steps=steps)
+        student = comparison.drawn.students[family, steps, 0]
         for line in history(student.artefact):
             at = line["step"] * _calls_per_round(recipe)
             for term, value in line["terms"].items():
-                name = f"{steps} steps"
                 rows.append({"student": name, "calls": at, "term": term, "value": value})
     return pd.DataFrame(rows)
 
