@@ -6,7 +6,6 @@ import math
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,16 +18,14 @@ from turbo_lab.dino import training
 from turbo_lab.dino.distil import Dino, HeadSize, Teacher, balanced, momentum_at, spawn_pupil
 from turbo_lab.dino.net import VitSize, spawn_vit, tapped
 from turbo_lab.dino.recipe import DinoRecipe
-from turbo_lab.dino.supervised import CeilingRecipe, ceiling, labels
 from turbo_lab.dino.views import Crops, hide, salient, windows
 from turbo_lab.errors import BadInput
 from turbo_lab.fit import Batch, Optimiser, fit
 from turbo_lab.keys import key_of
-from turbo_lab.postcards import Caption, draw_scenes, render
-from turbo_lab.postcards.captions import ARMS, GROUNDS, LEGS
+from turbo_lab.postcards import draw_scenes, render
+from turbo_lab.recipes.adversarial import AGAINST, EYE, gan
 from turbo_lab.store import CACHE_VARIABLE, Artefact, Store
 from turbo_lab.streams import Draw
-from turbo_lab.studies import dino_probe
 
 TINY = VitSize(width=16, depth=2, heads=2)
 HEAD = HeadSize(hidden=16, bottleneck=8, prototypes=32)
@@ -256,29 +253,32 @@ def test_train_dino_is_a_name_of_the_command_line(
 ) -> None:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     recipe = tiny_recipe()
-    monkeypatch.setattr(lab.dino, "RECIPES", {"dino": lambda profile, *, seed: recipe})
+    monkeypatch.setattr(lab.dino, "dino_recipe", lambda profile, *, seed: recipe)
     said = CliRunner().invoke(app, ["train", "dino", "--profile", "smoke", "--device", "cpu"])
     assert said.exit_code == 0 and said.output.startswith("postcards/dino  ")
     assert Store(cache=tmp_path).find("postcards/dino", recipe.spec()) is not None
 
 
 def test_recipes_refuse_what_is_not_allowed() -> None:
-    for wrong, name in (({"profile": "fast"}, "profile='fast'"), ({"seed": -1}, "seed=-1")):
-        for make in dino.RECIPES.values():
-            with pytest.raises(BadInput, match=name):
-                make(**wrong)
+    with pytest.raises(BadInput, match="profile='fast'"):
+        dino.dino_recipe("fast")  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="seed=-1"):
+        dino.dino_recipe(seed=-1)
     with pytest.raises((BadInput, ValueError), match="heads"):
         VitSize(width=10, heads=4)
     with pytest.raises(BadInput, match="blocks"):
         dino.random_features(size=TINY, blocks=(1, 0))
 
 
-def test_the_recipe_of_the_critics_has_kept_its_key_and_both_are_what_their_specs_say() -> None:
-    assert key_of(dino.dino_recipe().spec()) == "56bf738ef84f"  # students and notebook 05 know it
-    for name, make in dino.RECIPES.items():
-        recipe = make("quick", seed=3)
-        assert recipe.name == name and recipe.artefact == f"postcards/{name}"
-        assert DinoRecipe.model_validate(recipe.spec()) == recipe
+def test_students_are_keyed_by_the_recipe_of_the_mini_dino_that_they_were_shown_through() -> None:
+    recipe = dino.dino_recipe("quick", seed=3)
+    assert recipe.name == dino.NAME and recipe.artefact == "postcards/dino"
+    assert DinoRecipe.model_validate(recipe.spec()) == recipe
+    assert key_of(dino.dino_recipe().spec()) == EYE
+    seen = {name: gan("quick", 0, name=name).stages[-1].gan for name in AGAINST}
+    assert {name for name, term in seen.items() if term and term.eye == EYE} == {
+        name for name, against in AGAINST.items() if against.features == "dino"
+    }
 
 
 # --- features -----------------------------------------------------------------------------------
@@ -306,88 +306,6 @@ def test_random_features_come_from_their_seed_alone() -> None:
     one, same, other = (dino.random_features(k, size=TINY)(x, t, None)[-1] for k in (0, 0, 1))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(one, same) and not torch.allclose(one, other)
-
-
-# --- probe --------------------------------------------------------------------------------------
-
-
-def test_a_probe_reads_what_is_there_and_guesses_what_is_not() -> None:
-    generator = torch.manual_seed(0)
-    y = torch.randint(4, (1500,), generator=generator)
-    noise = torch.randn(1500, 20, generator=generator)
-    told = noise.clone()
-    told[:, :4] += 8 * torch.nn.functional.one_hot(y, 4)
-    for x, low, high in ((told, 0.0, 0.01), (noise, 0.68, 0.82)):
-        said = dino_probe.answered(x[:1000], y[:1000], x[1000:], answers=4)
-        wrong = float((said != y[1000:]).float().mean())
-        assert low <= wrong <= high
-
-
-def test_a_probe_reaches_the_bayes_error_of_two_normals() -> None:
-    generator = torch.manual_seed(0)
-    y = torch.randint(2, (12_000,), generator=generator)
-    x = torch.randn(12_000, 2, generator=generator) + (2 * y[:, None] - 1)
-    said = dino_probe.answered(x[:4000], y[:4000], x[4000:], answers=2)
-    bayes = 0.5 * math.erfc(math.sqrt(2) / math.sqrt(2))  # distance sqrt 2 to the border
-    assert float((said != y[4000:]).float().mean()) == pytest.approx(bayes, abs=0.01)
-
-
-def test_labels_are_what_the_scenes_say() -> None:
-    scenes = draw_scenes("select", range(5))
-    found = labels(scenes)
-    for row, caption in zip(found.tolist(), scenes.captions, strict=True):
-        ground, arms, legs, tens, units, _ = row
-        assert caption == Caption(
-            arms=ARMS[arms], legs=LEGS[legs], ground=GROUNDS[ground], number=f"{tens}{units}"
-        )
-    assert torch.equal(found[:, -1], scenes.hue_mode)
-
-
-def test_tables_and_ratios_are_counts_of_wrong_answers(tmp_path: Path) -> None:
-    wrong = {name: np.zeros((6, 200), dtype=bool) for name in dino_probe.NETWORKS}
-    wrong["random"][3:5, :100] = True
-    wrong["dino"][3:5, :20] = True
-    wrong["random"][5, :40] = wrong["dino"][5, :30] = True
-    found = dino_probe.Probed(wrong=wrong, budget=dino_probe.Budget(fit=1, test=200))
-    ratios = dict(dino_probe.error_ratios(found))
-    assert ratios["digits"].value == pytest.approx(0.2) and ratios["digits"].high < 0.5
-    assert ratios["hue"].value == pytest.approx(0.75) and ratios["hue"].high > 0.5
-    back = dict(dino_probe.error_ratios(found, ours="random", than="dino"))
-    assert back["digits"].value == pytest.approx(5.0)
-    rows = dino_probe.table(found).set_index(["network", "target"])
-    one = rows.loc[("random", "first digit")]
-    assert one["value"] == 0.5 and one["low"] < 0.5 < one["high"]
-    shown = dino_probe.wide(dino_probe.table(found))
-    assert list(shown.index) == list(dino_probe.NETWORKS.values())
-    assert shown.loc["mini-DINO", "hue"].startswith("15.0 [")
-    figure = dino_probe.figure(dino_probe.table(found))
-    heights = [patch.get_height() for patch in figure.axes[0].patches]  # type: ignore[attr-defined]
-    assert heights == [float(wrong[n][k].mean()) for n in dino_probe.NETWORKS for k in range(6)]
-
-
-def test_the_whole_probe_runs_on_any_networks_and_the_ceiling_trains(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dino_probe, "RIDGES", (1e-1,))
-    rates = dino.dino_recipe("smoke").rates
-    recipe = CeilingRecipe(vit=TINY, steps=2, batch_size=4, rates=rates)
-    taught = ceiling(recipe, store=Store(cache=tmp_path))
-    nets = {"random": dino.random_features(size=TINY, blocks=(1,)), "ceiling": tapped(taught, (1,))}
-    found = dino_probe.probed(nets, budget=dino_probe.Budget(fit=50, test=25))
-    assert all(flags.shape == (6, 25) for flags in found.wrong.values())
-    assert not torch.equal(taught.cls_token, spawn_vit(TINY, 0).cls_token.half().float())
-
-
-def test_pooling_takes_class_mean_and_maximum_of_every_block() -> None:
-    features = dino.random_features(size=TINY)
-    x = cards(3)
-    tokens = features(x, torch.zeros(3), None)
-    found = dino_probe.pooled(features, x, batch=2).view(3, 2, 3, 16)
-    for k in range(2):
-        assert torch.allclose(found[:, k, 1], tokens[k].mean(1), atol=1e-5)
-        assert torch.allclose(found[:, k, 2], tokens[k].amax(1), atol=1e-5)
-    last = features.net.norm(found[:, 1, 0])
-    assert torch.allclose(last, features.net.forward_features(x)[:, 0], atol=1e-5)
 
 
 # --- the shipped one ----------------------------------------------------------------------------

@@ -223,6 +223,7 @@ PHASES = {"method": "consistency", "options": {"edges": (0.5,)}}
     [
         (MIXED, {"rates": {"student": Rates(lr=1e-3)}}, "rates=.*player 'critic'"),
         (MIXED, {"method": "progressive", "options": {}}, "'progressive' makes no clean samples"),
+        (MIXED.model_copy(update={"eye": "0" * 12}), {}, "eye='000000000000'.*mini-DINO"),
         (MIXED, PHASES, "'consistency' makes no clean samples"),
         (MIXED, RATIO, "'dmd2' has a critic of its own"),
         (
@@ -241,6 +242,6 @@ def test_a_stage_that_does_not_fit_its_term_is_refused_before_any_work(
         with pytest.raises(BadInput, match=said):
             work(recipe, store=store)
     alone = recipe.model_copy(update={"teacher": None, "adapter": None})
-    with pytest.raises(BadInput, match=r"no teacher|no clean|critic of its own|no fake|rates"):
+    with pytest.raises(BadInput, match=r"no teacher|no clean|critic of its own|no fake|rates|eye"):
         training.trained(alone, store=store)
     assert not list(store.entries())

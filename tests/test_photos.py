@@ -162,7 +162,7 @@ def test_no_folder_and_an_empty_one_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_key_knows_the_contents_and_not_the_path(tmp_path: Path) -> None:
-    plain = recipes.resolve("gan-dino")
+    plain = recipes.resolve("turbo")
     folders = [real_folder(filled(tmp_path / name)) for name in ("one", "two")]
     one, two = (with_folder(plain, folder).spec() for folder in folders)
     assert one == two != plain.spec() and str(tmp_path) not in str(one)
@@ -236,7 +236,8 @@ def test_a_critic_that_would_need_captions_is_refused(
 
 def test_the_command_says_what_a_folder_is_not_for(tmp_path: Path) -> None:
     filled(tmp_path)
-    for name, said in (("gan", "no captions"), ("dmd2-2", "no GAN term"), ("dino", "alone")):
+    cases = (("gan-teacher", "no captions"), ("dmd2-2", "no GAN term"), ("dino", "alone"))
+    for name, said in cases:
         done = CliRunner().invoke(app, ["train", name, "--images", str(tmp_path)])
         assert done.exit_code != 0
         assert said in (done.output + str(done.exception))

@@ -99,7 +99,7 @@ def test_a_training_on_transplants_runs_and_says_finite_losses(tmp_path: Path) -
         "crops": (TRANSPLANTS,),
         "steps": 2,
     }
-    recipe = dino.local_recipe("smoke").model_copy(update=small)
+    recipe = dino.dino_recipe("smoke").model_copy(update=small)
     losses: list[float] = []
     dino.trained(
         recipe,

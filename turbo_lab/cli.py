@@ -110,9 +110,7 @@ def refresh(only: OnlyOption = None, jobs: JobsOption = 0) -> None:
 def train(
     name: Annotated[
         str,
-        typer.Argument(
-            help="A recipe on postcards, such as teacher; dino, dino-local; or qwen_image."
-        ),
+        typer.Argument(help="A recipe on postcards, such as teacher; dino; or qwen_image."),
     ],
     profile: ProfileOption = "quick",
     seed: SeedOption = 0,
@@ -129,7 +127,7 @@ def train(
     images: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of pictures: one for each prompt of qwen_image; real ones of gan-dino."
+            help="Folder of pictures: one for each prompt of qwen_image; real ones of turbo."
         ),
     ] = None,
     size: Annotated[

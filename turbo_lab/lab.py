@@ -323,18 +323,17 @@ def train(
 ) -> Artefact:
     """Train a recipe unless it is there already; ``ship`` copies it into the package's source.
 
-    ``dino`` is the feature extractor of the adversarial term and ``dino-local`` one of small
-    pieces, see `turbo_lab.dino.RECIPES`; every other name is of `RECIPES`.
+    ``dino`` is the feature extractor of the adversarial term; every other name is of `RECIPES`.
     ``images`` is a folder of photographs that its critic sees instead of real postcards.
 
     Raises:
         BadInput: the recipe has no critic that could, see `turbo_lab.recipes.with_folder`.
     """
     store, place = Store.default(), chosen_device(device)
-    if name in dino.RECIPES:
+    if name == dino.NAME:
         if images is not None:
             raise BadInput("images", str(images), f"{name} learns from postcards alone")
-        features = dino.RECIPES[name](profile, seed=seed)
+        features = dino.dino_recipe(profile, seed=seed)
         artefact = dino.trained_with_progress(features, store=store, fresh=fresh, device=place)
     else:
         recipe = resolve(name, profile=profile, seed=seed)

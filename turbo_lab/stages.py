@@ -12,6 +12,7 @@ from turbo_lab.methods import METHODS
 from turbo_lab.methods.divergences import divergence_named, needs_ratio
 from turbo_lab.methods.gan import Generates
 from turbo_lab.recipes import Recipe, Stage
+from turbo_lab.recipes.adversarial import EYE
 
 FAKE = "fake"
 """The player that starts as the teacher, or as the stage before, and learns the student's score."""
@@ -112,6 +113,8 @@ def _check_gan(recipe: Recipe, stage: Stage) -> None:
         raise BadInput("gan", features, f"method {method!r} makes no clean samples in this stage")
     if _asks_critic(stage):
         raise BadInput("gan", features, f"method {method!r} has a critic of its own here")
+    if stage.gan.eye not in (None, EYE):
+        raise BadInput("eye", stage.gan.eye, f"the mini-DINO of this version is {EYE}")
     if features == FAKE and FAKE not in fields_of(stage):
         raise BadInput("gan", features, f"method {method!r} has no fake score")
     if CRITIC not in stage.rates:

@@ -14,27 +14,11 @@ from turbo_lab.errors import BadInput
 from turbo_lab.recipes import WORLD, Profile, Rates
 
 NAME = "dino"
-STEPS: dict[Profile, int] = {"smoke": 8, "quick": 3000, "paper": 20_000}
-BATCH: dict[Profile, int] = {"smoke": 8, "quick": 192, "paper": 256}
-
-
-CROPS = (
-    Crops(wide=8, reach=1, sharpness=12, noise=0.1, grey=0.5),
-    Crops(wide=12, reach=2, sharpness=12, noise=0.05, grey=0.5),
-    Crops(wide=16, reach=3, sharpness=3, noise=0.02, grey=0.0),
-)
-"""Small windows where it is busiest, which are signs, some grey: else two windows are known for one
-by hue and ground, and digits are never learnt. Larger ones for the garment. LOG.md has the looks
-that chose them."""
-LOCAL = "dino-local"
-LOCAL_STEPS: dict[Profile, int] = {"smoke": 8, "quick": 6000, "paper": 20_000}
-LOCAL_BATCH: dict[Profile, int] = {"smoke": 8, "quick": 256, "paper": 256}
-LOCAL_CROPS = (
-    Transplants(wide=12, piece=8, shift=0, coloured=0.15, cover=0.1, grey=0.5, noise=0.05),
-)
+STEPS: dict[Profile, int] = {"smoke": 8, "quick": 6000, "paper": 20_000}
+BATCH: dict[Profile, int] = {"smoke": 8, "quick": 256, "paper": 256}
+CROPS = (Transplants(wide=12, piece=8, shift=0, coloured=0.15, cover=0.1, grey=0.5, noise=0.05),)
 """Pieces, most of them signs, each set anywhere into two other postcards: nothing else is shared,
-so a digit has to look alike at every place. It halves the probe's errors on digits and hue; critics
-do not look through it yet."""
+so a digit has to look alike at every place. LOG.md has the looks that chose it."""
 
 
 class DinoRecipe(BaseModel):
@@ -53,8 +37,8 @@ class DinoRecipe(BaseModel):
     rates: Rates
     student_temperature: float = Field(0.1, gt=0)
     teacher_temperature: float = Field(0.04, gt=0)
-    momentum: float = Field(0.99, ge=0, lt=1)
-    patches: float = Field(0.3, ge=0)
+    momentum: float = Field(0.98, ge=0, lt=1)
+    patches: float = Field(0.15, ge=0)
     version: int = Field(1, ge=1)
 
     @property
@@ -73,36 +57,12 @@ def dino_recipe(profile: Profile = "quick", *, seed: int = 0) -> DinoRecipe:
     Raises:
         BadInput: unknown profile, or a negative seed.
     """
-    _check(profile, seed)
-    steps = STEPS[profile]
-    return DinoRecipe(seed=seed, steps=steps, batch_size=BATCH[profile], rates=_rates(steps))
-
-
-def local_recipe(profile: Profile = "quick", *, seed: int = 0) -> DinoRecipe:
-    """Return the recipe of the mini-DINO of pieces; no critic looks through it yet.
-
-    Raises:
-        BadInput: unknown profile, or a negative seed.
-    """
-    _check(profile, seed)
-    steps = LOCAL_STEPS[profile]
-    return DinoRecipe(
-        name=LOCAL,
-        seed=seed,
-        crops=LOCAL_CROPS,
-        steps=steps,
-        batch_size=LOCAL_BATCH[profile],
-        rates=_rates(steps),
-        momentum=0.98,
-        patches=0.15,
-    )
-
-
-def _check(profile: str, seed: int) -> None:
     if profile not in STEPS:
         raise BadInput("profile", profile, f"choose one of {', '.join(STEPS)}")
     if seed < 0:
         raise BadInput("seed", seed, "use an integer of at least 0")
+    steps = STEPS[profile]
+    return DinoRecipe(seed=seed, steps=steps, batch_size=BATCH[profile], rates=_rates(steps))
 
 
 def _rates(steps: int) -> Rates:

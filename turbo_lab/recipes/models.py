@@ -108,7 +108,8 @@ class Gan(_Frozen):
 
     ``features`` is what the critic looks through: the mini-``dino``, blocks of the plain
     ``teacher`` or of the ``fake`` score, raw ``pixels``, or a ``random`` transformer of the
-    mini-DINO's shape. ``blocks`` are those that are tapped; none for all. ``rho`` is the share of
+    mini-DINO's shape; ``eye`` is the key of the mini-DINO, so that a student of another has another
+    key. ``blocks`` are those that are tapped; none for all. ``rho`` is the share of
     real postcards on the critic's real side; the rest are samples of the guided teacher, drawn as
     ``pairs`` says. With a ``folder`` its photographs stand where postcards do; they have no
     captions, so neither heads nor features may ask for any. Either ``weight`` or ``balance`` is
@@ -116,6 +117,7 @@ class Gan(_Frozen):
     """
 
     features: Literal["dino", "teacher", "fake", "pixels", "random"] = "dino"
+    eye: str | None = None
     blocks: tuple[int, ...] = ()
     heads: Literal["plain", "caption"] = "plain"
     width: int = Field(64, ge=1, le=1024)

@@ -7,15 +7,15 @@ distribution matching (with or without a warm start) and those of the stage afte
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Literal
 
 from turbo_lab.errors import BadInput
 from turbo_lab.recipes import distribution
+from turbo_lab.recipes.adversarial import AGAINST, CONTROL, MAIN, START, TURBO, Against, going_on
 from turbo_lab.recipes.adversarial import CALLS as LATER_CALLS
-from turbo_lab.recipes.adversarial import CONTROL, START, Against, going_on
 from turbo_lab.recipes.models import Family, Profile, Recipe
 from turbo_lab.recipes.trajectory import consistency, progressive
 from turbo_lab.recipes.warm import STARTS, STEPS, warm
@@ -26,7 +26,6 @@ CALLS: Mapping[Profile, int] = {
 """Network calls of each student, all stages together."""
 SECOND = STARTS[START].second
 """Time at which the second step starts."""
-TURBO = "turbo"
 CHAIN = (16, 8, 4, 2)
 
 
@@ -45,17 +44,14 @@ class Rung:
     against: Against | None = None
 
 
-# Chosen on captions of `select`, which no notebook reports on, by the looks that
-# `turbo_lab.studies.turbo_choice` prints; LOG.md has them.
-MAIN = Against(title="turbo", features="dino", rho=0.5, balance=0.5)
 RUNGS: Mapping[str, Rung] = MappingProxyType(
     {
         "dmd2-more": Rung(title="DMD2", start="cold"),
         TURBO: Rung(title="PCM, DMD2 + GAN: turbo", against=MAIN),
         "turbo-cold": Rung(title="no warm start", start="cold", against=MAIN),
-        "turbo-teacher-data": Rung(title="no real data", against=replace(MAIN, rho=0.0)),
-        "turbo-random": Rung(title="no DINO", against=replace(MAIN, features="random")),
-        "turbo-small": Rung(title="small weight", against=replace(MAIN, balance=0.125)),
+        "turbo-teacher-data": Rung(title="no real data", against=AGAINST["turbo-teacher-data"]),
+        "turbo-random": Rung(title="no DINO", against=AGAINST["turbo-random"]),
+        "turbo-small": Rung(title="small weight", against=AGAINST["turbo-small"]),
     }
 )
 """Students that go on from DMD2, cold or warm; PCM and DMD2 without a GAN term is `CONTROL`."""

@@ -20,7 +20,7 @@ from turbo_lab.lab import Lab, Samples, Sampling
 from turbo_lab.postcards import Scenes, draw_scenes, render
 from turbo_lab.progress import progress
 from turbo_lab.recipes import Profile, student_recipe
-from turbo_lab.recipes.adversarial import AGAINST, CONTROL, LOOKS, START
+from turbo_lab.recipes.adversarial import AGAINST, CONTROL, LOOKS, START, TURBO
 from turbo_lab.recipes.warm import STEPS
 from turbo_lab.studies import matching
 from turbo_lab.studies.distribution import SOURCE
@@ -42,7 +42,7 @@ from turbo_lab.studies.warm_start import direct_of
 from turbo_lab.training import history
 
 NOTEBOOK = "05_gan_texture"
-TEACHER, EIGHT, DIRECT, GAN = "teacher", "dmd2", direct_of(START), "gan"
+TEACHER, EIGHT, DIRECT, GAN = "teacher", "dmd2", direct_of(START), TURBO
 TITLES = {
     TEACHER: "teacher, 40 steps",
     EIGHT: "DMD2, 8 steps",
@@ -70,7 +70,7 @@ class Budget:
 
 BUDGETS: Mapping[str, Budget] = MappingProxyType(
     {
-        "smoke": Budget(captions=12, seeds=1, sweep=("gan-rho-0",), real=128),
+        "smoke": Budget(captions=12, seeds=1, sweep=("turbo-teacher-data",), real=128),
         "quick": Budget(captions=192, seeds=3),
         "paper": Budget(captions=1024, seeds=6, real=8192),
     }
@@ -390,9 +390,15 @@ def _main_claims(comparison: Comparison) -> Iterator[dict[str, Any]]:
 
 
 _CHANGES = (
-    ("C6-rho", GAN, "gan-rho-0", "real data on the critic's side helps", "teacher images only"),
-    ("C6-dino", "gan-dino", "gan-random", "DINO features beat random ones", "a random ViT"),
-    ("C6-weight", "gan-balance-2", "gan-balance-0.125", "a larger weight helps", "a small weight"),
+    (
+        "C6-rho",
+        GAN,
+        "turbo-teacher-data",
+        "real data on the critic's side helps",
+        "teacher images only",
+    ),
+    ("C6-dino", GAN, "turbo-random", "DINO features beat random ones", "a random ViT"),
+    ("C6-weight", "gan-balance-2", "turbo-small", "a larger weight helps", "a small weight"),
 )
 """Claims about one thing changed: id, with, without, statement, what it is held against."""
 

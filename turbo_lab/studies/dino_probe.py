@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from turbo_lab.claims import Interval, bootstrap, wilson
-from turbo_lab.dino import dino_features, dino_recipe, local_recipe, random_features
+from turbo_lab.dino import dino_features, dino_recipe, random_features
 from turbo_lab.dino.net import tapped
 from turbo_lab.dino.supervised import TARGETS, ceiling, ceiling_recipe, labels
 from turbo_lab.dino.transplants import Transplants
@@ -40,9 +40,6 @@ NETWORKS: Mapping[str, str] = {
     "ceiling": "trained on the labels",
 }
 """Networks of the table, all of one architecture, and their titles."""
-PIECES = "pieces"
-TITLES: Mapping[str, str] = {**NETWORKS, PIECES: "mini-DINO of pieces"}
-"""Also of the mini-DINO that no critic looks through, see `with_pieces`."""
 BARS = ("digits", "hue")
 """What the error must be halved on, see `error_ratios`."""
 RIDGES = (1e-4, 1e-3, 1e-2)
@@ -84,12 +81,6 @@ def networks(*, store: Store | None = None, seed: int = 0) -> dict[str, VitFeatu
         "dino": dino_features(store),
         "ceiling": tapped(ceiling(ceiling_recipe(), store=store)),
     }
-
-
-def with_pieces(*, store: Store | None = None, seed: int = 0) -> dict[str, VitFeatures]:
-    """`networks`, and the mini-DINO of `turbo_lab.dino.local_recipe`, for the same table."""
-    pieces = dino_features(store, recipe=local_recipe())
-    return {**networks(store=store, seed=seed), PIECES: pieces}
 
 
 def keys() -> tuple[str, ...]:
@@ -252,8 +243,8 @@ def wide(rows: pd.DataFrame) -> pd.DataFrame:
         f"{100 * r.value:.1f} [{100 * r.low:.1f}, {100 * r.high:.1f}]" for r in rows.itertuples()
     ]
     shown = rows.assign(text=text).pivot(index="network", columns="target", values="text")
-    shown = shown.loc[[n for n in TITLES if n in shown.index], list(TARGETS)]
-    return shown.rename(index=TITLES)
+    shown = shown.loc[[n for n in NETWORKS if n in shown.index], list(TARGETS)]
+    return shown.rename(index=NETWORKS)
 
 
 def error_ratios(
