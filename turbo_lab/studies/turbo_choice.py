@@ -32,7 +32,7 @@ CANDIDATES = (
     *STARTS,
     CONTROL,
     *AGAINST,
-    *(name for name in RUNGS if name.startswith("turbo")),
+    *(name for name in RUNGS if name.startswith("turbo") and name not in AGAINST),
 )
 """Students of one seed: second times, warm starts and their lengths, then critics."""
 
