@@ -20,7 +20,7 @@ from turbo_lab.recipes.adversarial import AGAINST, CALLS, CONTROL, START
 from turbo_lab.recipes.distribution import RIVAL_UPDATES, calls_per_round
 from turbo_lab.recipes.warm import STEPS
 from turbo_lab.store import Store
-from turbo_lab.studies import adversarial, adversarial_figures
+from turbo_lab.studies import adversarial, adversarial_claims, adversarial_figures
 from turbo_lab.studies.adversarial import DIRECT, EIGHT, GAN, STUDENTS, TEACHER, Budget, Comparison
 from turbo_lab.studies.textures import METRICS, TEXTURES, distance, measured, nearer, real_slices
 
@@ -149,7 +149,7 @@ def test_each_ablation_changes_one_thing() -> None:
 
 
 def test_claims_say_who_is_held_against_whom(comparison: Comparison) -> None:
-    found = {claim.id: claim for claim in adversarial.claims(comparison, profile="smoke")}
+    found = {claim.id: claim for claim in adversarial_claims.claims(comparison, profile="smoke")}
     assert {f"{id_}-{g}" for id_ in ("C5", "C6", "C6-term", "C6-pass") for g in TEXTURES} < set(
         found
     )
