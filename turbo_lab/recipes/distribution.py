@@ -73,6 +73,13 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
             title="weight r^0.5", options={"divergence": LINE, "alpha": 0.5}, extra=3.0
         ),
         "alpha-1": Variant(title="weight r", options={"divergence": LINE, "alpha": 1.0}, extra=3.0),
+        # Matching asks the plain teacher once, guidance both of them, at times of their own.
+        "decoupled": Variant(
+            title="decoupled guidance", options={"guidance_range": (0.5, 0.98)}, extra=2.0
+        ),
+        # Every other turn of the student follows the teacher's path, five guided steps.
+        "anchored": Variant(title="anchored first step", options={"anchor_weight": 1.0}, extra=4.5),
+        "forward": Variant(title="noised real data", options={"rollout": "forward"}, extra=-1.5),
     }
 )
 """What the 2-step student is compared with; each changes one thing."""
