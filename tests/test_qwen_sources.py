@@ -95,6 +95,16 @@ def test_shards_that_are_none_are_one_sentence(tmp_path: Path, pictures: list[Pa
         read_shards(pack(tmp_path / "two.tar", a_png=b"", a_jpg=b""))
 
 
+def test_a_caption_in_another_encoding_is_refused_and_not_repaired(tmp_path: Path) -> None:
+    shard = pack(tmp_path / "latin.tar", a_png=b"", a_txt="ein dösender Hund".encode("latin-1"))
+    with pytest.raises(BadInput) as error:
+        read_shards(shard)
+    assert str(error.value) == (
+        f"images='{shard}: train/a.txt' is not allowed: "
+        "it is not UTF-8 from byte 5 (0xF6, on line 1) on; write captions in UTF-8."
+    )
+
+
 def test_prompt_files_are_read_and_refused_in_one_sentence(tmp_path: Path) -> None:
     file = tiny_qwen.write_prompts(tmp_path / "prompts.txt", "a cat", "", "  a dög ")
     assert read_prompts(file) == ("a cat", "a dög")

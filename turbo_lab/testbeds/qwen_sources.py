@@ -71,8 +71,8 @@ def read_shards(place: Path) -> Shards:
     A sample is what has one name up to its first dot: ``0012.jpg`` and its caption ``0012.txt``.
 
     Raises:
-        BadInput: an archive that cannot be read, is compressed, or has two pictures in a sample;
-            no picture in any.
+        BadInput: an archive that cannot be read, is compressed, or has two pictures in a sample or
+            a caption that is not UTF-8; no picture in any.
     """
     files = [place] if place.suffix == ".tar" else sorted(place.glob("*.tar"))
     samples = [sample for file in files for sample in _samples(file)]
@@ -112,7 +112,9 @@ def _samples(file: Path) -> Iterator[tuple[Packed, Packed | None]]:
 
 
 def _caption(text: Packed | None) -> str:
-    return "" if text is None else " ".join(text.read().decode("utf-8", "replace").split())
+    if text is None:
+        return ""
+    return " ".join(_decoded(text.read(), "images", str(text), "write captions in UTF-8").split())
 
 
 # --- texts --------------------------------------------------------------------------------------
@@ -132,17 +134,22 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def _utf8(path: Path, wanted: str) -> str:
-    """Text of a file; of one in another encoding, say where that shows first."""
+    """Text of a file that holds prompts."""
     try:
         data = path.read_bytes()
+    except OSError as error:
+        raise BadInput("prompts", str(path), f"name {wanted} ({type(error).__name__})") from None
+    return _decoded(data, "prompts", str(path), f"name {wanted}")
+
+
+def _decoded(data: bytes, parameter: str, where: str, wanted: str) -> str:
+    """UTF-8 as text; of another encoding, say where it shows first."""
+    try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         place = f"byte {error.start} (0x{data[error.start]:02X}, on line {line})"
-        why = f"it is not UTF-8 from {place} on; name {wanted}"
-        raise BadInput("prompts", str(path), why) from None
-    except OSError as error:
-        raise BadInput("prompts", str(path), f"name {wanted} ({type(error).__name__})") from None
+        raise BadInput(parameter, where, f"it is not UTF-8 from {place} on; {wanted}") from None
 
 
 def read_column(table: Path, column: str = "") -> tuple[str, ...]:
