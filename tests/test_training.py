@@ -129,8 +129,8 @@ def test_a_second_stage_starts_from_the_first_and_is_an_artefact_of_its_own(
     assert [(line["stage"], line["step"]) for line in lines] == [(1, 12), (2, 4)]
 
 
-AGAIN = {"warm", "warm-second-0.5", "dmd2-2-second-0.5", CONTROL}
-MANY = {turbo.TURBO, CONTROL}
+AGAIN = {"warm", "warm-second-0.5", "dmd2-2-second-0.5", "gan-balance-0.5", CONTROL}
+MANY = {turbo.TURBO, CONTROL, "dmd2-2-second-0.5"}
 ONCE = {"teacher", *(f"dmd2-2-{name}" for name in VARIANTS), *STARTS, *AGAINST} - AGAIN
 ONCE -= set(turbo.RECIPES)
 SLOW = {*AGAINST, *turbo.RECIPES} - {turbo.TURBO}

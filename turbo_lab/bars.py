@@ -183,7 +183,7 @@ def warm_quality() -> Iterator[Bar]:
 
 
 def gan_quality() -> Iterator[Bar]:
-    """The 2-step student with a GAN term, three trainings, against DMD2 with as many steps.
+    """The 2-step student with a GAN term, six trainings, against DMD2 with as many steps.
 
     ``_term`` is against as many more calls of DMD2 from the same start.
     """
@@ -192,7 +192,7 @@ def gan_quality() -> Iterator[Bar]:
     from turbo_lab.studies.textures import TEXTURES, nearer
 
     compared = (adversarial.GAN, adversarial.DIRECT, adversarial.CONTROL)
-    budget = adversarial.Budget(captions=CAPTIONS, seeds=3, sweep=(), real=4096, main=compared)
+    budget = adversarial.Budget(captions=CAPTIONS, seeds=6, sweep=(), real=4096, main=compared)
     comparison = adversarial.compare(_lab(), budget, seed=0)
     found = comparison.measured
     ours = found[adversarial.GAN]

@@ -86,7 +86,7 @@ _CHANGES = (
         "teacher images only",
     ),
     ("C6-dino", GAN, "turbo-random", "DINO features beat random ones", "a random ViT"),
-    ("C6-weight", "gan-balance-2", "turbo-small", "a larger weight helps", "a small weight"),
+    ("C6-weight", GAN, "turbo-small", "a larger weight helps", "a small weight"),
 )
 """Claims about one thing changed: id, with, without, statement, what it is held against."""
 

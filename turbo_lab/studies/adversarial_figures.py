@@ -217,11 +217,12 @@ def hurts(comparison: Comparison, *, count: int = 12, seed: int = 0) -> Figure:
             images = images_of(comparison, family)[seed][rows[:count]]
             if len(images):
                 blocks[f"{title}: {'with' if family == GAN else 'without'} the GAN"] = images
+    columns = max((len(images) for images in blocks.values()), default=1)
     with style():
-        figure = Figure(figsize=(0.8 * count, 1.1 * len(blocks)), layout="constrained")
+        figure = Figure(figsize=(max(4, 0.8 * columns), 1.1 * len(blocks)), layout="constrained")
         axes = figure.subplots(max(1, len(blocks)), 1, squeeze=False)[:, 0]
         for axis, (title, images) in zip(axes, blocks.items(), strict=False):
-            charts.judged_sheet(axis, charts.judged(images), columns=count)
+            charts.judged_sheet(axis, charts.judged(images), columns=columns)
             axis.set_title(title, loc="left", fontsize=8)
             axis.set_anchor("W")
         for axis in axes[len(blocks) :]:
