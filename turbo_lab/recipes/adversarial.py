@@ -93,7 +93,9 @@ AGAINST: Mapping[str, Against] = MappingProxyType(
         "turbo-teacher-data": replace(MAIN, rho=0.0, title="rho 0"),
         **{f"gan-rho-{r:g}": replace(MAIN, rho=r, title=f"rho {r:g}") for r in (0.25, 0.75, 1.0)},
         "turbo-small": replace(MAIN, balance=0.125, title="balance 0.125"),
-        **{f"gan-balance-{b:g}": replace(MAIN, balance=b, title=f"balance {b:g}") for b in (0.5, 8)},
+        **{
+            f"gan-balance-{b:g}": replace(MAIN, balance=b, title=f"balance {b:g}") for b in (0.5, 8)
+        },
         "gan-hinge": replace(MAIN, loss="hinge", title="hinge loss"),
     }
 )

@@ -1,7 +1,7 @@
 """How the turbo student is chosen: looks at candidates on captions that no notebook reports on.
 
-``python -m turbo_lab.studies.turbo_choice`` prints them again. Most candidates have one training, so
-differences of a few points are no differences; the weight of the GAN term was chosen by three.
+``python -m turbo_lab.studies.turbo_choice`` prints them again. Most candidates have one training,
+so differences of a few points are no differences; the GAN term's weight was chosen by three.
 """
 
 from __future__ import annotations
