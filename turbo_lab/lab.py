@@ -290,10 +290,22 @@ def open_lab(
     store = store or Store.default()
     place = chosen_device(device)
     recipe = resolve("teacher", profile=profile if fresh else "quick", seed=seed if fresh else 0)
-    artefact = _trained(recipe, store=store, fresh=fresh, device=place)
-    net = load_net(recipe, artefact).to(place)
+    return lab_of(recipe, store=store, device=place, fresh=fresh)
+
+
+def lab_of(recipe: Recipe, *, store: Store, device: str, fresh: bool = False) -> Lab:
+    """Open the postcards with the teacher of a recipe, trained first if it is nowhere.
+
+    Args:
+        recipe: of a whole network.
+        store: where artefacts live.
+        device: ``cpu`` or ``cuda``.
+        fresh: train again.
+    """
+    artefact = _trained(recipe, store=store, fresh=fresh, device=device)
+    net = load_net(recipe, artefact).to(device)
     testbed = Postcards(net=net, guidance_scale=TEACHER_GUIDANCE)
-    return Lab(recipe=recipe, artefact=artefact, testbed=testbed, store=store, device=place)
+    return Lab(recipe=recipe, artefact=artefact, testbed=testbed, store=store, device=device)
 
 
 def chosen_device(device: str) -> str:
