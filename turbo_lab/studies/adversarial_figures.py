@@ -196,7 +196,8 @@ def training(curves: pd.DataFrame) -> Figure:
                 label = {**dict.fromkeys(mains), mains[0]: "main"}.get(student, str(student))
                 axis.plot(part["step"], part["value"], color=colour, lw=1, label=label)
             axis.set_title(title, fontsize=8)
-        figure.supxlabel("rounds of training", fontsize=8)
+        for axis in figure.axes[3:]:  # the lower row
+            axis.set_xlabel("rounds of training", fontsize=8)
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     return figure
