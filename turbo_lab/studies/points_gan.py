@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from turbo_lab.claims import Claim, Interval, bootstrap, crossed_bootstrap
-from turbo_lab.point_recipes import PointGan, PointRecipe, gan_recipe
-from turbo_lab.point_students import load, path_end, stage_samples, trained
+from turbo_lab.point_recipes import PointGan, gan_recipe
+from turbo_lab.point_students import path_end, trained
 from turbo_lab.progress import progress
-from turbo_lab.recipes import Profile
-from turbo_lab.store import Artefact, Store
+from turbo_lab.store import Store
 from turbo_lab.streams import noise
+from turbo_lab.studies.points_budget import PointBudget, PointRun, budgets
 from turbo_lab.studies.points_density import measured
 from turbo_lab.studies.points_gan_measures import (
     between,
@@ -58,41 +58,7 @@ _DMD2 = "Yin et al. 2024 (DMD2), arXiv 2405.14867"
 _RATIO = "Goodfellow et al. 2014, arXiv 1406.2661, proposition 1"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """How much a profile trains and measures; the code is the same."""
-
-    profile: Profile
-    seeds: int
-    samples: int
-
-
-BUDGETS: Mapping[Profile, Budget] = MappingProxyType(
-    {
-        "smoke": Budget(profile="smoke", seeds=1, samples=64),
-        "quick": Budget(profile="quick", seeds=3, samples=2048),
-        "paper": Budget(profile="paper", seeds=6, samples=8192),
-    }
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One training."""
-
-    recipe: PointRecipe
-    artefact: Artefact
-
-    @property
-    def history(self) -> pd.DataFrame:
-        """``round``, ``student/cosine``, ``student/gan_pull`` and other terms."""
-        return pd.DataFrame(self.artefact.json("history.json"))
-
-    def samples(self, n: int, *, seed: int) -> Tensor:
-        """Samples ``[n, 2]``; number i from the same noise everywhere."""
-        field = load(self.recipe, self.artefact)
-        return stage_samples(self.recipe.stages[-1], field, n=n, seed=seed)
-
+BUDGETS = budgets(quick=2048, paper=8192)
 
 Key = tuple[str, str]
 """World and student."""
@@ -108,8 +74,8 @@ class Runs:
         seed: of the sampling noise.
     """
 
-    budget: Budget
-    runs: Mapping[Key, tuple[Run, ...]]
+    budget: PointBudget
+    runs: Mapping[Key, tuple[PointRun, ...]]
     seed: int = 0
 
     @cached_property
@@ -158,7 +124,7 @@ class Runs:
 
 
 def gan_runs(
-    budget: Budget, *, seed: int = 0, store: Store | None = None, fresh: bool = False
+    budget: PointBudget, *, seed: int = 0, store: Store | None = None, fresh: bool = False
 ) -> Runs:
     """Train (or find) the students of both wrong teachers, in equally many rounds.
 
@@ -171,12 +137,12 @@ def gan_runs(
         fresh: train again.
     """
     wanted = list(product(WORLDS, STUDENTS, range(budget.seeds)))
-    runs: dict[Key, tuple[Run, ...]] = {}
+    runs: dict[Key, tuple[PointRun, ...]] = {}
     with progress(len(wanted), "GAN on points") as tick:
         for done, (world, student, k) in enumerate(wanted):
             tick(done, f"{WORLDS[world]}, {student}, seed {k}")
             recipe = gan_recipe(STUDENTS[student], profile=budget.profile, seed=k, world=world)
-            run = Run(recipe=recipe, artefact=trained(recipe, store=store, fresh=fresh))
+            run = PointRun(recipe=recipe, artefact=trained(recipe, store=store, fresh=fresh))
             runs[world, student] = (*runs.get((world, student), ()), run)
     return Runs(budget=budget, runs=runs, seed=seed)
 

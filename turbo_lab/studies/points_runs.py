@@ -8,14 +8,14 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import NamedTuple
 
-import pandas as pd
 import torch
 from torch import Tensor
 
-from turbo_lab.point_students import PointRecipe, load, rival_recipe, stage_samples, trained
+from turbo_lab.point_students import rival_recipe, trained
 from turbo_lab.progress import progress
 from turbo_lab.recipes import Profile
-from turbo_lab.store import Artefact, Store
+from turbo_lab.store import Store
+from turbo_lab.studies.points_budget import PointBudget, PointRun
 from turbo_lab.studies.points_plane import PlaneBudget
 from turbo_lab.studies.points_tilt import TiltBudget
 
@@ -54,21 +54,15 @@ WANTED = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget:
+class Budget(PointBudget):
     """How much a profile trains and measures; the code is the same.
 
     Attributes:
-        profile: whose students are trained.
-        seeds: trainings of each student.
-        samples: points per student at the end.
         floors: sets of exact data that are measured for comparison.
         plane: of the alpha-beta plane.
         tilt: of the guided teacher.
     """
 
-    profile: Profile
-    seeds: int
-    samples: int
     floors: int
     plane: PlaneBudget
     tilt: TiltBudget
@@ -99,13 +93,11 @@ BUDGETS: Mapping[Profile, Budget] = MappingProxyType(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(PointRun):
     """One training."""
 
     key: Key
     seed: int
-    recipe: PointRecipe
-    artefact: Artefact
 
     @property
     def clouds(self) -> dict[int, Tensor]:
@@ -117,16 +109,6 @@ class Run:
     def rounds(self) -> int:
         """Rounds of the training: updates of the fake."""
         return self.recipe.stages[-1].steps
-
-    @property
-    def history(self) -> pd.DataFrame:
-        """``round``, ``student/g_norm``, ``student/gap``, ``fake/velocity`` and other terms."""
-        return pd.DataFrame(self.artefact.json("history.json"))
-
-    def samples(self, n: int, *, seed: int) -> Tensor:
-        """Samples ``[n, 2]`` of the finished student; number i from the same noise everywhere."""
-        field = load(self.recipe, self.artefact)
-        return stage_samples(self.recipe.stages[-1], field, n=n, seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)

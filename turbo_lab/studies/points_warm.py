@@ -27,9 +27,9 @@ from turbo_lab.point_students import (
     warm_recipe,
 )
 from turbo_lab.progress import progress
-from turbo_lab.recipes import Profile
 from turbo_lab.store import Artefact, Store
 from turbo_lab.streams import generator, noise
+from turbo_lab.studies.points_budget import PointBudget, budgets
 from turbo_lab.studies.points_density import measured
 from turbo_lab.studies.points_maps import outside
 from turbo_lab.testbeds.points import points
@@ -53,22 +53,7 @@ ASKED = 0.5
 _SOURCE = "Wang et al. 2024 (PCM), arXiv 2405.18407, before Yin et al. 2024 (DMD2)"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """How much a profile trains and measures; the code is the same."""
-
-    profile: Profile
-    seeds: int
-    samples: int
-
-
-BUDGETS: Mapping[Profile, Budget] = MappingProxyType(
-    {
-        "smoke": Budget(profile="smoke", seeds=1, samples=64),
-        "quick": Budget(profile="quick", seeds=3, samples=4096),
-        "paper": Budget(profile="paper", seeds=6, samples=16_384),
-    }
-)
+BUDGETS = budgets(quick=4096, paper=16_384)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +102,7 @@ class Runs:
         seed: of the sampling noise.
     """
 
-    budget: Budget
+    budget: PointBudget
     runs: Mapping[Key, tuple[Run, ...]]
     seed: int = 0
 
@@ -144,7 +129,7 @@ class Runs:
 
 
 def warm_runs(
-    budget: Budget, *, seed: int = 0, store: Store | None = None, fresh: bool = False
+    budget: PointBudget, *, seed: int = 0, store: Store | None = None, fresh: bool = False
 ) -> Runs:
     """Train (or find) a DMD2 student of 2 steps for every start, at equal network calls.
 
