@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -54,7 +54,12 @@ class Regression:
 
 
 def run(
-    student: nn.Module, steps: int = 20, *, saving: Saving | None = None, **more: object
+    student: nn.Module,
+    steps: int = 20,
+    *,
+    saving: Saving | None = None,
+    plan: Optimiser = OPTIMISER,
+    **more: object,
 ) -> Iterator[Record]:
     return fit(
         Regression(student=student),
@@ -62,7 +67,7 @@ def run(
         steps=steps,
         batch_size=8,
         seed=1,
-        optimisers={"student": OPTIMISER},
+        optimisers={"student": plan},
         saving=saving,
         **more,
     )
@@ -105,21 +110,42 @@ def test_micro_batches_accumulate_to_the_same_gradient() -> None:
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
-def test_twenty_steps_equal_a_run_resumed_twice(tmp_path: Path) -> None:
-    straight, shadow = net(), net()
-    list(run(straight, shadows=[Shadow(of="student", average=shadow, decay=0.99)]))
+@pytest.mark.parametrize("muon", [None, "2.weight"])
+def test_twenty_steps_equal_a_run_resumed_twice(tmp_path: Path, muon: str | None) -> None:
+    straight, shadow, plan = net(), net(), replace(OPTIMISER, muon=muon)
+    list(run(straight, plan=plan, shadows=[Shadow(of="student", average=shadow, decay=0.99)]))
     seen = []
     for until in (7, 13, 20):
         student, average = net(), net()  # a fresh process: everything comes from the checkpoint
         saving = Saving(checkpoints=Checkpoints(folder=tmp_path), every_steps=1)
         shadows = [Shadow(of="student", average=average, decay=0.99)]
-        for record in run(student, saving=saving, shadows=shadows):
+        for record in run(student, plan=plan, saving=saving, shadows=shadows):
             seen.append(record.step)
             if record.step == until:
                 break
     assert seen == list(range(1, 21))
     assert same(student, straight)
     assert same(average, shadow)
+
+
+def test_muon_takes_steps_of_one_length_in_all_directions_of_the_matrices_it_is_given() -> None:
+    start, ours, theirs = net(), net(), net()
+    plan = Optimiser(lr=0.01, weight_decay=0.0)
+    list(run(ours, 1, plan=replace(plan, muon="0.weight")))
+    list(run(theirs, 1, plan=plan))
+    was, muon, adam = (dict(n.named_parameters()) for n in (start, ours, theirs))
+    step = torch.linalg.svdvals((muon["0.weight"] - was["0.weight"]).detach())
+    # Five Newton-Schulz iterations bring singular values near 1; the larger side is 16.
+    assert ((step / (0.01 * 0.2 * 16**0.5)).log().abs() < 0.5).all()
+    assert not torch.equal(adam["0.weight"], muon["0.weight"])
+    assert all(torch.equal(adam[n], p) for n, p in muon.items() if n != "0.weight")
+
+
+@pytest.mark.parametrize("muon", ["attention", "weight"])
+def test_muon_needs_some_matrices_and_leaves_some_parameters(muon: str) -> None:
+    player = nn.ParameterDict({"weight": nn.Parameter(torch.ones(2, 2))})
+    with pytest.raises(BadInput, match=f"muon='{muon}'"):
+        Optimiser(lr=1.0, muon=muon).over(player)
 
 
 @dataclass(frozen=True, kw_only=True)

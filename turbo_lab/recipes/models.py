@@ -38,6 +38,7 @@ class Rates(_Frozen):
     warmup: int = Field(0, ge=0)
     final: float = Field(1.0, ge=0, le=1)
     clip: float = Field(1.0, gt=0)
+    muon: str | None = Field(None, min_length=1)
 
     def optimiser(self) -> Optimiser:
         """The optimiser `fit` understands."""
