@@ -19,7 +19,7 @@ from turbo_lab.recipes.models import (
     Recipe,
     Stage,
 )
-from turbo_lab.recipes.teacher import GUIDANCE, teacher
+from turbo_lab.recipes.teacher import GUIDANCE, longer, teacher
 
 __all__ = [
     "FAMILIES",
@@ -67,6 +67,7 @@ def student_recipe(family: str, *, steps: int, profile: Profile = "quick", seed:
 RECIPES: Mapping[str, Callable[[Profile, int], Recipe]] = MappingProxyType(
     {
         "teacher": teacher,
+        "teacher-long": longer,
         **trajectory.RECIPES,
         **distribution.RECIPES,
         **warm.RECIPES,
