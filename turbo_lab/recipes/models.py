@@ -38,7 +38,7 @@ class Rates(_Frozen):
     warmup: int = Field(0, ge=0)
     final: float = Field(1.0, ge=0, le=1)
     clip: float = Field(1.0, gt=0)
-    muon: str | None = Field(None, min_length=1)
+    muon: str | None = Field(None, min_length=1, exclude_if=lambda name: name is None)
 
     def optimiser(self) -> Optimiser:
         """The optimiser `fit` understands."""
