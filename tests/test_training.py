@@ -365,7 +365,7 @@ def test_a_ratio_without_what_it_is_learnt_from_is_refused_before_any_work(
     assert not list(store.entries())
 
 
-FROM_TEACHER = [n for n in RECIPES if n != "teacher" and recipes.resolve(n).start is None]
+FROM_TEACHER = [n for n in RECIPES if (r := recipes.resolve(n)).teacher and r.start is None]
 """Students that go on from another recipe's are trained by test_adversarial_study.py."""
 
 
@@ -380,6 +380,19 @@ def test_every_student_recipe_trains_at_smoke(
         recipe.model_copy(update={"stages": cut}), store=Store(cache=tmp_path, shipped=teachers)
     )
     assert len(training.history(artefact)) == len(cut)
+
+
+def test_the_longer_teacher_goes_on_from_the_shorter_ones_stages(tmp_path: Path) -> None:
+    small = {"net": NetSize(layers=1, heads=1, head_width=16, text_width=8)}
+    short, longer = (
+        recipes.resolve(name, profile="smoke").model_copy(update=small)
+        for name in ("teacher", "teacher-long")
+    )
+    store = Store(cache=tmp_path)
+    training.trained(short, store=store)
+    artefact = training.trained(longer, store=store)
+    assert len(list(store.entries())) == len(longer.stages) == len(short.stages) + 2
+    assert training.replay(longer, artefact, store) == training.recorded(artefact)
 
 
 def test_trajectory_methods_have_the_same_network_calls_to_spend() -> None:
