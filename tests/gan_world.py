@@ -7,8 +7,9 @@ from dmd2_world import build
 from gaussian_world import DIM, GaussianMap, gaussian_batches
 from torch import Tensor, nn
 
-from turbo_lab.fit import Batch, Objective, Optimiser
+from turbo_lab.fit import Batch, Objective
 from turbo_lab.methods.gan import WithGan
+from turbo_lab.optimisers import Optimiser
 from turbo_lab.streams import Draw
 
 WRONG = (2.2, 0.5)

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from turbo_lab.fit import Batch, Optimiser, Player, Record, Saving, Shadow, Terms, Turn, fit
+from turbo_lab.fit import Batch, Player, Record, Saving, Shadow, Terms, Turn, fit
+from turbo_lab.optimisers import Optimiser
 from turbo_lab.ranks import Ranks, joined, leave
 from turbo_lab.store import Checkpoints
 from turbo_lab.streams import Draw

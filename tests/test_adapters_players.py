@@ -12,7 +12,8 @@ from torch import Tensor
 
 from turbo_lab.adapters import Worn
 from turbo_lab.checkpoints import Checkpoints
-from turbo_lab.fit import Batch, Optimiser, Record, Saving, Shadow, Turn, fit
+from turbo_lab.fit import Batch, Record, Saving, Shadow, Turn, fit
+from turbo_lab.optimisers import Optimiser
 from turbo_lab.streams import Draw
 
 

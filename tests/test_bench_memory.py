@@ -16,7 +16,8 @@ from turbo_lab.bench.report import Holding, Sharing
 from turbo_lab.bench.sharing import as_copies, kept, on_shared_base, share, shares
 from turbo_lab.bench.steps import Step, example, planted
 from turbo_lab.checkpoints import Checkpoints
-from turbo_lab.fit import Optimiser, Saving, fit
+from turbo_lab.fit import Saving, fit
+from turbo_lab.optimisers import Optimiser
 from turbo_lab.recipes import Recipe
 from turbo_lab.store import Store
 

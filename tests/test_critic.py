@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from turbo_lab.adapters import AdapterSize, Host
 from turbo_lab.critic import LatentCritic, TrainableCritic, logistic, spawn_critic
 from turbo_lab.field import frozen
-from turbo_lab.fit import Batch, Optimiser, fit
+from turbo_lab.fit import Batch, fit
 from turbo_lab.methods.dmd2 import DMD2
+from turbo_lab.optimisers import Optimiser
 from turbo_lab.path import expand, mix
 from turbo_lab.postcards.captions import TOKENS, VOCABULARY
 from turbo_lab.streams import Draw

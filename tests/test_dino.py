@@ -20,8 +20,9 @@ from turbo_lab.dino.net import VitSize, spawn_vit, tapped
 from turbo_lab.dino.recipe import DinoRecipe
 from turbo_lab.dino.views import Crops, hide, salient, windows
 from turbo_lab.errors import BadInput
-from turbo_lab.fit import Batch, Optimiser, fit
+from turbo_lab.fit import Batch, fit
 from turbo_lab.keys import key_of
+from turbo_lab.optimisers import Optimiser
 from turbo_lab.postcards import draw_scenes, render
 from turbo_lab.recipes.adversarial import AGAINST, EYE, gan
 from turbo_lab.store import CACHE_VARIABLE, Artefact, Store

@@ -16,9 +16,10 @@ from torch.nn.functional import mse_loss
 from turbo_lab.adapters import AdapterSize, Host
 from turbo_lab.errors import NonFinite
 from turbo_lab.field import Field, frozen, guided
-from turbo_lab.fit import Optimiser, fit
+from turbo_lab.fit import fit
 from turbo_lab.methods.dmd2 import DMD2, pull, surrogate
 from turbo_lab.methods.kinds import TrainableField
+from turbo_lab.optimisers import Optimiser
 from turbo_lab.path import grid_from_times, mix, score, split
 from turbo_lab.postcards.captions import null_tokens
 from turbo_lab.sample import final, sample

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from turbo_lab.errors import BadInput
 from turbo_lab.field import Field
-from turbo_lab.fit import Optimiser, fit
+from turbo_lab.fit import fit
 from turbo_lab.methods.divergences import DIVERGENCES
 from turbo_lab.methods.dmd2 import pull
+from turbo_lab.optimisers import Optimiser
 from turbo_lab.path import mix, time_grid
 from turbo_lab.sample import final, sample
 from turbo_lab.streams import Draw

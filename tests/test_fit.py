@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from turbo_lab.checkpoints import Checkpoints
 from turbo_lab.errors import BadInput, NonFinite
-from turbo_lab.fit import Batch, Optimiser, Record, Saving, Shadow, Turn, fit
+from turbo_lab.fit import Batch, Record, Saving, Shadow, Turn, fit
 from turbo_lab.methods.flow import FlowMatching
+from turbo_lab.optimisers import Optimiser
 from turbo_lab.streams import Draw
 
 HANDLER = signal.getsignal(signal.SIGINT)
@@ -145,7 +146,7 @@ def test_muon_takes_steps_of_one_length_in_all_directions_of_the_matrices_it_is_
 def test_muon_needs_some_matrices_and_leaves_some_parameters(muon: str) -> None:
     player = nn.ParameterDict({"weight": nn.Parameter(torch.ones(2, 2))})
     with pytest.raises(BadInput, match=f"muon='{muon}'"):
-        Optimiser(lr=1.0, muon=muon).over(player)
+        Optimiser(lr=1.0, muon=muon).over(player.named_parameters())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn.functional import relu, softplus
 
 from turbo_lab.errors import BadInput
-from turbo_lab.fit import Batch, Objective, Optimiser, fit
+from turbo_lab.fit import Batch, Objective, fit
 from turbo_lab.methods.consistency import Consistency
 from turbo_lab.methods.direct import Direct
 from turbo_lab.methods.flow import FlowMatching
 from turbo_lab.methods.gan import Generates, WithGan, mixed
+from turbo_lab.optimisers import Optimiser
 from turbo_lab.streams import Draw
 
 # --- one more player, one more turn -------------------------------------------------------------

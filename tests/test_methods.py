@@ -15,7 +15,7 @@ from gaussian_world import (
 )
 
 from turbo_lab.field import frozen
-from turbo_lab.fit import Batch, Objective, Optimiser, fit
+from turbo_lab.fit import Batch, Objective, fit
 from turbo_lab.methods import METHODS
 from turbo_lab.methods.consistency import Consistency
 from turbo_lab.methods.continuous import ContinuousConsistency
@@ -24,6 +24,7 @@ from turbo_lab.methods.dmd2 import DMD2
 from turbo_lab.methods.flow import FlowMatching
 from turbo_lab.methods.progressive import Progressive
 from turbo_lab.methods.transition import Transition
+from turbo_lab.optimisers import Optimiser
 from turbo_lab.streams import Draw
 
 TEACHER = frozen(GaussianField().requires_grad_(False))

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from turbo_lab.errors import BadInput
 from turbo_lab.field import frozen
-from turbo_lab.fit import Optimiser, fit
+from turbo_lab.fit import fit
 from turbo_lab.methods import Consistency, phase_edges
 from turbo_lab.methods.kinds import euler, squared
 from turbo_lab.methods.phased import push, push_scales, pushed
+from turbo_lab.optimisers import Optimiser
 from turbo_lab.path import expand, mix, split, time_grid
 from turbo_lab.sample import final, sample
 from turbo_lab.streams import Draw

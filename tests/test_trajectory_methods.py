@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from turbo_lab.adapters import AdapterSize, Host
 from turbo_lab.errors import BadInput
 from turbo_lab.field import frozen, guided
-from turbo_lab.fit import Batch, Objective, Optimiser, fit
+from turbo_lab.fit import Batch, Objective, fit
 from turbo_lab.methods.consistency import Consistency
 from turbo_lab.methods.continuous import ContinuousConsistency, central_difference, forward_mode
 from turbo_lab.methods.direct import Direct
 from turbo_lab.methods.flow import FlowMatching
 from turbo_lab.methods.kinds import HUBER, TrainableField, euler, heun, pseudo_huber, squared, walk
 from turbo_lab.methods.progressive import Progressive
+from turbo_lab.optimisers import Optimiser
 from turbo_lab.path import mix, time_grid
 from turbo_lab.postcards.captions import null_tokens
 from turbo_lab.sample import final, sample

@@ -13,7 +13,7 @@ from turbo_lab import recipes, training
 from turbo_lab.adapters import AdapterSize
 from turbo_lab.errors import BadInput
 from turbo_lab.field import frozen
-from turbo_lab.fit import Batch, Optimiser, fit
+from turbo_lab.fit import Batch, fit
 from turbo_lab.methods import Transition
 from turbo_lab.methods.transition import (
     Known,
@@ -24,6 +24,7 @@ from turbo_lab.methods.transition import (
     spawn_latent_head,
     spawn_point_head,
 )
+from turbo_lab.optimisers import Optimiser
 from turbo_lab.path import expand, mix, time_grid
 from turbo_lab.postcards.captions import TOKENS, VOCABULARY
 from turbo_lab.recipes import Rates, Recipe, Stage

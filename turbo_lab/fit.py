@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from turbo_lab.checkpoints import Checkpoints
 from turbo_lab.errors import BadInput, NonFinite
+from turbo_lab.optimisers import Optimiser
 from turbo_lab.ranks import ALONE, Ranks
 from turbo_lab.streams import Draw
 
@@ -78,52 +79,6 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimiser:
-    """AdamW with a linear warm-up, then a cosine from ``lr`` to ``lr * final``.
-
-    Matrices with ``muon`` in their names are moved by Muon instead: momentum, made orthogonal by
-    five Newton-Schulz iterations, at the same rate times 0.2 sqrt(larger side), so that a step is
-    about as long as AdamW's (Jordan 2024; Liu et al. 2025, arXiv 2502.16982, eq. 4).
-    """
-
-    lr: float
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.01
-    warmup: int = 0
-    final: float = 1.0
-    clip: float = 1.0
-    muon: str | None = None
-
-    def over(self, player: Player) -> dict[str, torch.optim.Optimizer]:
-        """Return what moves the parameters of a player: ``adam`` and, where asked for, ``muon``.
-
-        Raises:
-            BadInput: no matrix has such a name, or nothing is left for AdamW.
-        """
-        matrices: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
-        for name, p in player.named_parameters():
-            chosen = self.muon is not None and self.muon in name and p.ndim == 2
-            (matrices if chosen else others).append(p)
-        if self.muon is not None and not (matrices and others):
-            allowed = "give a part of the names of some matrices, not of all parameters"
-            raise BadInput("muon", self.muon, allowed)
-        lr, decay = self.lr, self.weight_decay
-        adam = torch.optim.AdamW(others, lr=lr, betas=self.betas, weight_decay=decay, fused=True)
-        if not matrices:
-            return {"adam": adam}
-        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-        return {"adam": adam, "muon": muon}
-
-    def rate(self, step: int, steps: int) -> float:
-        """Learning rate of step ``step`` (from 0) of ``steps``."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        part = (step - self.warmup) / max(1, steps - self.warmup)
-        return self.lr * (self.final + (1 - self.final) * (1 + math.cos(math.pi * part)) / 2)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Shadow:
     """An exponential moving average of a player, kept in ``average`` (same parameter names).
 
@@ -168,7 +123,9 @@ class _Run:
     movers: dict[str, dict[str, torch.optim.Optimizer]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.movers = {n: plan.over(self.players[n]) for n, plan in self.optimisers.items()}
+        self.movers = {
+            n: plan.over(self.players[n].named_parameters()) for n, plan in self.optimisers.items()
+        }
 
     def freeze_all_but(self, moves: Sequence[str]) -> None:
         """Let exactly the players in ``moves`` learn; nothing else sets ``requires_grad``."""

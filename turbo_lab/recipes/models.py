@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from turbo_lab.adapters import AdapterSize
 from turbo_lab.errors import BadInput
-from turbo_lab.fit import Optimiser
 from turbo_lab.methods import METHODS
+from turbo_lab.optimisers import Optimiser
 from turbo_lab.postcards import SIZE
 from turbo_lab.testbeds.postcards import NetSize
 
@@ -30,7 +30,7 @@ class _Frozen(BaseModel):
 
 
 class Rates(_Frozen):
-    """Optimiser of one player, see `turbo_lab.fit.Optimiser`."""
+    """Optimiser of one player, see `turbo_lab.optimisers.Optimiser`."""
 
     lr: float = Field(gt=0, le=1)
     betas: tuple[float, float] = (0.9, 0.999)

@@ -26,11 +26,12 @@ from turbo_lab.adapters import Host
 from turbo_lab.claims import Claim, Interval
 from turbo_lab.critic import logistic
 from turbo_lab.dino import dino_recipe
-from turbo_lab.fit import Batch, Optimiser, Terms, Turn, fit
+from turbo_lab.fit import Batch, Terms, Turn, fit
 from turbo_lab.gan_pieces import LATENT, features_of
 from turbo_lab.heads import Heads, spawn_heads
 from turbo_lab.keys import key_of
 from turbo_lab.lab import Lab
+from turbo_lab.optimisers import Optimiser
 from turbo_lab.postcards.captions import null_tokens
 from turbo_lab.progress import progress
 from turbo_lab.recipes import Gan

@@ -15,10 +15,11 @@ from torch import Tensor
 from turbo_lab.atomic import save_tensors
 from turbo_lab.errors import NonFinite
 from turbo_lab.field import Mixture
-from turbo_lab.fit import Batch, Optimiser, Player, Turn, fit
+from turbo_lab.fit import Batch, Player, Turn, fit
 from turbo_lab.methods.divergences import alpha_beta_gradient
 from turbo_lab.methods.dmd2 import Range, rms, surrogate
 from turbo_lab.methods.kinds import TrainableField
+from turbo_lab.optimisers import Optimiser
 from turbo_lab.path import expand, mix
 from turbo_lab.point_students import RIVAL_WIDTH, base_recipe, distilled
 from turbo_lab.progress import progress

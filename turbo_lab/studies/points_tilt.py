@@ -14,8 +14,9 @@ from torch import Tensor
 
 from turbo_lab.atomic import save_tensors
 from turbo_lab.field import NULL_LABEL, Field, Mixture, frozen, guided, mixture
-from turbo_lab.fit import Batch, Objective, Optimiser, Shadow, fit
+from turbo_lab.fit import Batch, Objective, Shadow, fit
 from turbo_lab.methods import DMD2, Progressive
+from turbo_lab.optimisers import Optimiser
 from turbo_lab.point_recipes import RIVAL_ETA
 from turbo_lab.point_students import path_end
 from turbo_lab.progress import progress
