@@ -16,7 +16,7 @@ from turbo_lab.lab import Lab, Sampling
 from turbo_lab.path import time_grid
 from turbo_lab.postcards import draw_scenes, render
 from turbo_lab.quality import RATES, TITLES, Yardstick
-from turbo_lab.recipes import resolve
+from turbo_lab.recipes import EARLY, resolve
 from turbo_lab.store import Artefact, Store
 from turbo_lab.testbeds.postcards import NetSize, Postcards, spawn_net
 
@@ -45,6 +45,13 @@ def test_samples_are_drawn_once_and_counted(bench: Lab, monkeypatch: pytest.Monk
     assert torch.equal(first.images, again.images) and first.key == again.key
     with pytest.raises(pytest.fail.Exception, match="drawn twice"):
         bench.samples(Sampling(steps=3, n=2, seed=1))
+
+
+def test_a_student_is_worn_by_its_own_teacher_only(bench: Lab, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=f"student='dmd2' is not allowed.*{EARLY}"):
+        bench.student("dmd2", steps=2)
+    with pytest.raises(BadInput, match=f"teacher='dmd2-2' is not allowed.*{EARLY}"):
+        lab.open_lab(device="cpu", store=Store(cache=tmp_path), teacher="dmd2-2")
 
 
 def test_explicit_times_take_the_place_of_steps_and_shift() -> None:
@@ -121,6 +128,16 @@ def test_progress_is_silent_when_off_and_refuses_other_words(
     monkeypatch.setenv(progress.VARIABLE, "loud")
     with pytest.raises(BadInput, match="TURBO_LAB_PROGRESS"), progress.progress(1, "x"):
         pass
+
+
+@pytest.mark.parametrize(("delay", "shown"), [(0, True), (60, False)])
+def test_a_delayed_bar_is_not_shown_for_what_was_there(
+    delay: float, shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(progress.VARIABLE, "bar")
+    with progress.progress(3, "training", delay=delay) as tick:
+        tick(1, "")
+    assert ("training" in capsys.readouterr().err) == shown
 
 
 @pytest.mark.parametrize(("mode", "shown"), [("off", False), ("log", False), ("bar", True)])

@@ -133,14 +133,14 @@ AGAIN = {"warm", "warm-second-0.5", "dmd2-2-second-0.5", "gan-balance-0.5", CONT
 MANY = {turbo.TURBO, CONTROL, "dmd2-2-second-0.5"}
 ONCE = {
     "teacher",
-    "teacher-long",
+    recipes.EARLY,
     *(f"dmd2-2-{name}" for name in VARIANTS),
     *STARTS,
     *AGAINST,
 } - AGAIN
 ONCE -= set(turbo.RECIPES)
 FAST = {
-    *("teacher", "teacher-long", "progressive", "consistency", "continuous", "direct-2"),
+    *("teacher", "progressive", "consistency", "continuous", "direct-2"),
     *("dmd2-2", "pcm", "warm", "gan-none", turbo.TURBO),
 }
 SHIPPED = [
@@ -382,17 +382,17 @@ def test_every_student_recipe_trains_at_smoke(
     assert len(training.history(artefact)) == len(cut)
 
 
-def test_the_longer_teacher_goes_on_from_the_shorter_ones_stages(tmp_path: Path) -> None:
+def test_the_teacher_goes_on_from_the_early_ones_stages(tmp_path: Path) -> None:
     small = {"net": NetSize(layers=1, heads=1, head_width=16, text_width=8)}
-    short, longer = (
+    early, whole = (
         recipes.resolve(name, profile="smoke").model_copy(update=small)
-        for name in ("teacher", "teacher-long")
+        for name in (recipes.EARLY, "teacher")
     )
     store = Store(cache=tmp_path)
-    training.trained(short, store=store)
-    artefact = training.trained(longer, store=store)
-    assert len(list(store.entries())) == len(longer.stages) == len(short.stages) + 2
-    assert training.replay(longer, artefact, store) == training.recorded(artefact)
+    training.trained(early, store=store)
+    artefact = training.trained(whole, store=store)
+    assert len(list(store.entries())) == len(whole.stages) == len(early.stages) + 4
+    assert training.replay(whole, artefact, store) == training.recorded(artefact)
 
 
 def test_trajectory_methods_have_the_same_network_calls_to_spend() -> None:

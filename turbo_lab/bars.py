@@ -25,6 +25,7 @@ from torch import Tensor
 from turbo_lab.acceptance import Bar, at_least, printed
 from turbo_lab.claims import Interval, wilson
 from turbo_lab.lab import TEACHER_STEPS, Lab, Samples, Sampling, open_lab
+from turbo_lab.recipes import EARLY
 from turbo_lab.store import Store
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def students() -> Iterator[Bar]:
     from turbo_lab.recipes import RECIPES, resolve
     from turbo_lab.training import recorded, replay
 
-    lab, sizes, errors = _lab(), [], []
+    lab, sizes, errors = _lab(EARLY), [], []
     for name in RECIPES:
         recipe = resolve(name)
         if recipe.teacher is None:
@@ -112,9 +113,9 @@ def dmd2_quality() -> Iterator[Bar]:
     from turbo_lab.claims import crossed_bootstrap
     from turbo_lab.studies.students import draw_students
 
-    teacher = _teacher_samples()
+    teacher = _teacher_samples(EARLY)
     fields = teacher.scenes.fields
-    drawn = draw_students(_lab(), [("dmd2", 4, k) for k in range(3)], captions=CAPTIONS)
+    drawn = draw_students(_lab(EARLY), [("dmd2", 4, k) for k in range(3)], captions=CAPTIONS)
     reports = [measure.report(one.images, fields) for one in drawn.samples.values()]
     theirs, moss = measure.report(teacher.images, fields), fields[:, 2] == 0
     for name, metric, rows, limit in (
@@ -141,7 +142,7 @@ def warm_quality() -> Iterator[Bar]:
     from turbo_lab.recipes.warm import STEPS, TIMES
     from turbo_lab.studies.students import draw_students
 
-    lab = _lab()
+    lab = _lab(EARLY)
     pairs = {"": ("warm", "dmd2"), "_second_0.5": ("warm-second-0.5", "dmd2-second-0.5")}
     families = ["pcm", *(family for pair in pairs.values() for family in pair)]
     wanted = [(family, STEPS, k) for family in families for k in range(3)]
@@ -193,7 +194,7 @@ def gan_quality() -> Iterator[Bar]:
 
     compared = (adversarial.GAN, adversarial.DIRECT, adversarial.CONTROL)
     budget = adversarial.Budget(captions=CAPTIONS, seeds=6, sweep=(), real=4096, main=compared)
-    comparison = adversarial.compare(_lab(), budget, seed=0)
+    comparison = adversarial.compare(_lab(EARLY), budget, seed=0)
     found = comparison.measured
     ours = found[adversarial.GAN]
     for suffix, name in (("", adversarial.DIRECT), ("_term", adversarial.CONTROL)):
@@ -265,7 +266,7 @@ def speed() -> Iterator[Bar]:
     """The 2-step student against its guided teacher, in pairs through the same sampler."""
     from turbo_lab.studies import speed
 
-    for name, ratio, limit in speed.bars(_lab()):
+    for name, ratio, limit in speed.bars(_lab(EARLY)):
         yield at_least(name, ratio, limit)
 
 
@@ -273,7 +274,7 @@ def turbo_quality() -> Iterator[Bar]:
     """The 2-step turbo student, mean over its trainings, beside its teacher at 40 steps."""
     from turbo_lab.studies.turbo_claims import bars
 
-    for name, interval, side, limit in bars(_lab(), _teacher_samples()):
+    for name, interval, side, limit in bars(_lab(EARLY), _teacher_samples(EARLY)):
         yield Bar(name=name, value=interval.value, side=side, limit=limit, interval=interval)
 
 
@@ -361,17 +362,18 @@ def main(only: str | None = None) -> int:
 
 
 @cache
-def _lab() -> Lab:
-    """The shipped teacher, behind an empty cache: nothing stored is used but the artefacts."""
+def _lab(teacher: str = "teacher") -> Lab:
+    """A shipped teacher, behind an empty cache: nothing stored is used but the artefacts."""
     empty = Path(tempfile.mkdtemp(prefix="turbo-lab-bars-"))
     atexit.register(shutil.rmtree, empty, ignore_errors=True)
-    return open_lab(device="cpu", store=Store(cache=empty, shipped=Store.default().shipped))
+    store = Store(cache=empty, shipped=Store.default().shipped)
+    return open_lab(device="cpu", store=store, teacher=teacher)
 
 
 @cache
-def _teacher_samples() -> Samples:
+def _teacher_samples(teacher: str = "teacher") -> Samples:
     what = f"{CAPTIONS} captions, {TEACHER_STEPS} guided steps"
-    return _lab().samples(Sampling(steps=TEACHER_STEPS, n=CAPTIONS), what)
+    return _lab(teacher).samples(Sampling(steps=TEACHER_STEPS, n=CAPTIONS), what)
 
 
 @cache

@@ -67,7 +67,7 @@ def teacher_explorer(lab: Lab) -> ipywidgets.Widget:
     for box in (*controls.values(), *words.values()):
         box.observe(draw, names="value")
     draw()
-    return w.HBox([w.VBox([*controls.values(), *words.values()]), w.VBox([picture, note])])
+    return panel([*controls.values(), *words.values()], [picture, note])
 
 
 def student_pngs(
@@ -118,8 +118,7 @@ def student_explorer(lab: Lab, families: Sequence[str]) -> ipywidgets.Widget:
     for box in (*controls.values(), *words.values()):
         box.observe(draw, names="value")
     draw()
-    knobs = w.VBox([*controls.values(), *words.values()])
-    return w.HBox([knobs, w.VBox([w.HBox(pictures), note])])
+    return panel([*controls.values(), *words.values()], [w.HBox(pictures), note])
 
 
 KNOBS: Mapping[tuple[float, ...], str] = MappingProxyType(
@@ -196,7 +195,10 @@ def dmd2_explorer(lab: Lab, *, noises: int = 24) -> ipywidgets.Widget:
         seed = values.pop("seed")
         family = KNOBS.get(tuple(values.values()))
         if family is None:
-            note.value = "No student was trained so: only one of the knobs was turned at a time."
+            note.value = (
+                "No student was trained so: only one of the knobs was turned at a time. "
+                "This is still the picture before."
+            )
             return
         try:
             caption = str(Caption(**{name: box.value for name, box in words.items()}))
@@ -210,7 +212,7 @@ def dmd2_explorer(lab: Lab, *, noises: int = 24) -> ipywidgets.Widget:
     for box in (*controls.values(), *words.values()):
         box.observe(draw, names="value")
     draw()
-    return w.HBox([w.VBox([*controls.values(), *words.values()]), w.VBox([picture, note])])
+    return panel([*controls.values(), *words.values()], [picture, note])
 
 
 def warm_png(lab: Lab, caption: str, *, family: str, direct: str, noises: int, seed: int) -> bytes:
@@ -276,7 +278,7 @@ def warm_explorer(lab: Lab, shares: Mapping[str, float], *, noises: int = 12) ->
     for control in (*box.values(), *words.values()):
         control.observe(draw, names="value")
     draw()
-    return w.HBox([w.VBox([*box.values(), *words.values()]), w.VBox([picture, note])])
+    return panel([*box.values(), *words.values()], [picture, note])
 
 
 def factory_explorer(shop: Workshop) -> ipywidgets.Widget:
@@ -311,7 +313,17 @@ def factory_explorer(shop: Workshop) -> ipywidgets.Widget:
     for control in controls.values():
         control.observe(draw, names="value")
     draw()
-    return w.HBox([w.VBox([*controls.values()]), w.VBox([picture, note])])
+    return panel([*controls.values()], [picture, note])
+
+
+def panel(
+    knobs: Sequence[ipywidgets.Widget], shown: Sequence[ipywidgets.Widget]
+) -> ipywidgets.Widget:
+    """Lay controls out beside what they change, however wide that is."""
+    import ipywidgets as w
+
+    fixed = w.Layout(flex="0 0 auto")  # a wide picture would squeeze the controls
+    return w.HBox([w.VBox(list(knobs), layout=fixed), w.VBox(list(shown))])
 
 
 def caption_boxes() -> dict[str, ipywidgets.Widget]:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 from turbo_lab.errors import TurboLabError
-from turbo_lab.explore import caption_boxes
+from turbo_lab.explore import caption_boxes, panel
 from turbo_lab.figures import contact_sheet
 from turbo_lab.lab import Lab, checked_sampling
 from turbo_lab.postcards import Caption, caption_tokens
@@ -156,7 +156,7 @@ def gan_explorer(lab: Lab, *, noises: int = 4) -> ipywidgets.Widget:
     for box in (seed, *words.values()):
         box.observe(draw, names="value")
     draw()
-    return w.HBox([w.VBox([*knobs.values(), seed, *words.values()]), w.VBox([picture, note])])
+    return panel([*knobs.values(), seed, *words.values()], [picture, note])
 
 
 def _options(knob: str) -> list[tuple[str, Value]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from turbo_lab import measure
 from turbo_lab.errors import TurboLabError
-from turbo_lab.explore import caption_boxes
+from turbo_lab.explore import caption_boxes, panel
 from turbo_lab.figures import contact_sheet
 from turbo_lab.lab import TEACHER_GUIDANCE, TEACHER_STEPS, Lab, checked_sampling
 from turbo_lab.postcards import HUE_MODES, Caption, caption_tokens
@@ -113,7 +113,7 @@ def turbo_explorer(
     for knob in (family, steps, seed, *words.values()):
         knob.observe(draw, names="value")
     draw()
-    return w.HBox([w.VBox([family, steps, seed, *words.values()]), w.VBox([picture, note])])
+    return panel([family, steps, seed, *words.values()], [picture, note])
 
 
 def _note(caption: str, rows: Mapping[str, Sequence[str]]) -> str:

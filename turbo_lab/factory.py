@@ -118,7 +118,7 @@ def train_with_progress(
     if not ranks.writes:
         os.environ[VARIABLE] = "off"
     total = sum(stage.steps for stage in job.recipe.stages)
-    with progress(total, f"training {job.recipe.name}") as tick:
+    with progress(total, f"training {job.recipe.name}", delay=1) as tick:
 
         def watch(record: Record, done: int) -> None:
             tick(done, f"loss {sum(record.terms.values()):.3f}")

@@ -32,6 +32,7 @@ from turbo_lab.path import grid_from_times, time_grid
 from turbo_lab.postcards import Scenes
 from turbo_lab.progress import progress
 from turbo_lab.recipes import (
+    EARLY,
     FAMILIES,
     Profile,
     Recipe,
@@ -149,9 +150,12 @@ class Lab:
         """Return a family's student for a number of steps, trained first if it is nowhere.
 
         Raises:
-            BadInput: unknown family, or one that has no student for so many steps.
+            BadInput: unknown family, one that has no student for so many steps, or one of another
+                teacher than this lab's.
         """
         recipe = student_recipe(family, steps=steps, profile=profile, seed=seed)
+        if recipe.teacher != self.recipe:
+            raise BadInput("student", family, f"open its teacher: open_lab(teacher={EARLY!r})")
         return self.worn(recipe, self.trained(recipe), family=family, steps=steps)
 
     def trained(self, recipe: Recipe, *, fresh: bool = False) -> Artefact:
@@ -272,6 +276,7 @@ def open_lab(
     device: str = "auto",
     fresh: bool = False,
     store: Store | None = None,
+    teacher: str = "teacher",
 ) -> Lab:
     """Open the postcards with their trained teacher.
 
@@ -282,14 +287,18 @@ def open_lab(
         device: ``cpu``, ``cuda`` or ``auto``.
         fresh: train again.
         store: where artefacts live.
+        teacher: name of its recipe; students wear their adapters on `turbo_lab.recipes.EARLY`.
 
     Raises:
+        BadInput: the recipe is of a student, or there is none of this name.
         MissingPiece: CUDA was asked for and is not there.
     """
     tune_allocator()
     store = store or Store.default()
     place = chosen_device(device)
-    recipe = resolve("teacher", profile=profile if fresh else "quick", seed=seed if fresh else 0)
+    recipe = resolve(teacher, profile=profile if fresh else "quick", seed=seed if fresh else 0)
+    if recipe.teacher is not None:
+        raise BadInput("teacher", teacher, f"a student's recipe; use teacher or {EARLY}")
     return lab_of(recipe, store=store, device=place, fresh=fresh)
 
 
@@ -377,7 +386,7 @@ def checked_sampling(values: Mapping[str, object]) -> Sampling:
 
 def _trained(recipe: Recipe, *, store: Store, fresh: bool, device: str) -> Artefact:
     total = recipe.steps_before + recipe.stages[-1].steps
-    with progress(total, f"training {recipe.name}") as tick:
+    with progress(total, f"training {recipe.name}", delay=1) as tick:
 
         def watch(record: Record, done: int) -> None:
             tick(done, f"loss {sum(record.terms.values()):.3f}")

@@ -26,7 +26,7 @@ from turbo_lab.lab import (
 )
 from turbo_lab.lora_export import check_out
 from turbo_lab.postcards import caption_tokens
-from turbo_lab.recipes import resolve, student_recipe
+from turbo_lab.recipes import EARLY, resolve, student_recipe
 
 ENLARGE = 8
 AT_ONCE = 8
@@ -122,7 +122,7 @@ def sample_images(order: Order, out: Path, *, device: str = "auto") -> None:
     from PIL import Image
 
     check_out(out, ".png")
-    lab = open_lab(device=device)
+    lab = open_lab(device=device, teacher=EARLY if order.student else "teacher")
     who, sampling = _who(lab, order)
     tokens = caption_tokens(order.captions)
     images, _, _ = lab.draw_for(tokens, sampling, "sampling", who, first=order.first, batch=AT_ONCE)
@@ -179,7 +179,7 @@ def _by_key(key: str, steps: int | None) -> Delivery:
         raise BadInput("student", key, f"{found.artefact.name} is not for postcards")
     if not found.times:
         raise BadInput("student", key, "its file did not say at which times it is sampled")
-    teacher = key_of(resolve("teacher").spec())
+    teacher = key_of(resolve(EARLY).spec())
     if found.base.startswith("postcards/teacher") and teacher not in found.base:
         raise BadInput("student", key, "it belongs to another teacher than the one of quick")
     return found

@@ -19,8 +19,11 @@ Tick = Callable[[int, str], None]
 """``tick(done, note)``: so many of the total are done."""
 
 
-def progress(total: int, what: str) -> AbstractContextManager[Tick]:
+def progress(total: int, what: str, *, delay: float = 0.0) -> AbstractContextManager[Tick]:
     """Show progress over ``total`` units while the context is open.
+
+    With a delay, a bar comes with the first tick after so many seconds: for what often turns out to
+    be there already.
 
     ``TURBO_LAB_PROGRESS`` chooses: ``bar``, ``log`` (a line every 10 s on standard error), ``off``,
     or ``auto``: a bar in a terminal or a notebook a person has open, a log elsewhere.
@@ -29,7 +32,9 @@ def progress(total: int, what: str) -> AbstractContextManager[Tick]:
         BadInput: the variable has another value.
     """
     mode = _mode()
-    return {"bar": _bar, "log": _log}[mode](total, what) if mode != "off" else nullcontext(_silent)
+    if mode == "off":
+        return nullcontext(_silent)
+    return _bar(total, what, delay) if mode == "bar" else _log(total, what)
 
 
 @contextmanager
@@ -75,10 +80,10 @@ def _silent(done: int, note: str = "") -> None:
 
 
 @contextmanager
-def _bar(total: int, what: str) -> Iterator[Tick]:
+def _bar(total: int, what: str, delay: float) -> Iterator[Tick]:
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, desc=what, leave=False) as bar:
+    with tqdm(total=total, desc=what, leave=False, delay=delay) as bar:
 
         def tick(done: int, note: str = "") -> None:
             bar.set_postfix_str(note, refresh=False)

@@ -141,7 +141,7 @@ def _make(recipe: CeilingRecipe, store: Store, folder: Path) -> None:
     work = store.workdir(recipe.artefact, recipe.spec())
     reader = _reader(recipe)
     lines = TrainingHistory(work / "history.jsonl", stage=1)
-    with progress(recipe.steps, f"training {recipe.name}") as tick:
+    with progress(recipe.steps, f"training {recipe.name}", delay=1) as tick:
         for record in _fit(recipe, reader, Saving(checkpoints=Checkpoints(folder=work))):
             lines.add(record, last=record.step == recipe.steps)
             tick(record.step, f"loss {sum(record.terms.values()):.3f}")

@@ -65,7 +65,7 @@ def trained_with_progress(
     recipe: DinoRecipe, *, store: Store | None = None, fresh: bool = False, device: str = "cpu"
 ) -> Artefact:
     """`trained`, with a progress bar."""
-    with progress(recipe.steps, f"training {recipe.name}") as tick:
+    with progress(recipe.steps, f"training {recipe.name}", delay=1) as tick:
 
         def watch(record: Record) -> None:
             tick(record.step, f"loss {sum(record.terms.values()):.3f}")

@@ -19,9 +19,10 @@ from turbo_lab.recipes.models import (
     Recipe,
     Stage,
 )
-from turbo_lab.recipes.teacher import GUIDANCE, longer, teacher
+from turbo_lab.recipes.teacher import EARLY, GUIDANCE, early, teacher
 
 __all__ = [
+    "EARLY",
     "FAMILIES",
     "GUIDANCE",
     "RECIPES",
@@ -67,7 +68,7 @@ def student_recipe(family: str, *, steps: int, profile: Profile = "quick", seed:
 RECIPES: Mapping[str, Callable[[Profile, int], Recipe]] = MappingProxyType(
     {
         "teacher": teacher,
-        "teacher-long": longer,
+        EARLY: early,
         **trajectory.RECIPES,
         **distribution.RECIPES,
         **warm.RECIPES,

@@ -10,7 +10,7 @@ from typing import Literal
 from turbo_lab.adapters import AdapterSize
 from turbo_lab.errors import BadInput
 from turbo_lab.recipes.models import Family, Pairs, Profile, Rates, Recipe, Stage
-from turbo_lab.recipes.teacher import GUIDANCE, teacher
+from turbo_lab.recipes.teacher import GUIDANCE, early
 
 CHAIN = (16, 8, 4, 2, 1)
 """Steps of the progressive students; the guided teacher walks 32."""
@@ -25,8 +25,8 @@ ADAPTER = AdapterSize(rank=8, alpha=8)
 
 
 def student(name: str, seed: int, stages: tuple[Stage, ...]) -> Recipe:
-    """An adapter on the shipped teacher, trained by stages."""
-    base = teacher("quick", 0)
+    """An adapter on the shipped `early` teacher, trained by stages."""
+    base = early("quick", 0)
     return Recipe(name=name, seed=seed, net=base.net, stages=stages, teacher=base, adapter=ADAPTER)
 
 

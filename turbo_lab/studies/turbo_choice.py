@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from turbo_lab.lab import Lab, open_lab
-from turbo_lab.recipes import FAMILIES
+from turbo_lab.recipes import EARLY, FAMILIES
 from turbo_lab.recipes.adversarial import AGAINST, CONTROL, TURBO
 from turbo_lab.recipes.turbo import RUNGS
 from turbo_lab.recipes.warm import STARTS, STEPS
@@ -73,7 +73,7 @@ def looks(
 
 
 if __name__ == "__main__":
-    bench = open_lab()
+    bench = open_lab(teacher=EARLY)
     print(looks(bench).round(3).to_string())
     more = looks(bench, WEIGHTS, captions=WEIGHT_CAPTIONS, trainings=WEIGHT_TRAININGS)
     print(more.round(3).to_string())
