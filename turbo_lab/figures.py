@@ -303,8 +303,9 @@ def loss_curve(history: Sequence[Mapping[str, Any]], *, term: str) -> Figure:
             axis.axvline(begin, color=SOFT, lw=0.6, ls=":")
             below = -8 - 9 * (stage % 2)  # neighbours at two heights, since stages can be short
             axis.annotate(
-                f"stage {stage}" if begin == 0 else f"{stage}", (begin, 1), (2, below), xycoords=("data", "axes fraction"),
-                textcoords="offset points", fontsize=7, color=SOFT,
+                f"{stage}" if begin else f"stage {stage}", (begin, 1), (2, below),
+                xycoords=("data", "axes fraction"), textcoords="offset points",
+                fontsize=7, color=SOFT,
             )  # fmt: skip
             begin = steps[-1]
         axis.set(xlabel="step", ylabel="mean squared velocity error", yscale="log")
