@@ -39,11 +39,9 @@ figures: $(READY)
 	@$(TURBO_LAB) figures --profile $(PROFILE) $(CHOICE)
 
 # nbval runs the committed notebooks as they are; its figures go to runs/, not over the real ones.
-# A file, and with it a notebook's kernel, stays in one process.
 test: $(READY)
-	@TURBO_LAB_FIGURES=runs/tests/figures OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "" \
-		tests notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout 600 \
-		-n $(or $(JOBS),2) --dist loadfile
+	@TURBO_LAB_FIGURES=runs/tests/figures $(PY) -m pytest -q -m "" tests notebooks \
+		--nbval-lax --nbval-current-env --nbval-cell-timeout 300
 
 # Tests compute on tiny tensors: processes of one thread each are faster than threads.
 check: $(READY)
