@@ -183,7 +183,7 @@ def dmd2_explorer(lab: Lab, *, noises: int = 24) -> ipywidgets.Widget:
         "steps": w.SelectionSlider(options=choices(0), value=2, description="steps"),
         "second": w.SelectionSlider(options=choices(1), value=0.7155, description="second time"),
         "guidance": w.SelectionSlider(options=choices(2), value=4.0, description="guidance"),
-        "updates": w.SelectionSlider(options=choices(3), value=2, description="fake updates"),
+        "updates": w.SelectionSlider(options=choices(3), value=2, description="updates"),
         "alpha": w.SelectionSlider(options=choices(4), value=0.0, description="alpha"),
         "seed": w.BoundedIntText(value=0, min=0, max=10**6, description="noise"),
     }

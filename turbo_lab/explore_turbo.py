@@ -36,7 +36,8 @@ def said(images: Tensor, caption: str) -> list[str]:
     out = []
     for k in range(len(images)):
         right, signs = bool(report["sign_read"][k]), int(seen.sign.count[k])
-        sign = "sign reads" if right else "no sign" if not signs else f"{signs} sign, not read"
+        found = "no sign" if not signs else f"{signs} sign{'s' * (signs > 1)}, not read"
+        sign = "sign reads" if right else found
         body = "whole body" if bool(report["whole_body"][k]) else "broken body"
         out.append(f"{sign} · {body} · {hues[int(report['hue_mode'][k])]} garment")
     return out
