@@ -173,7 +173,7 @@ def _who(lab: Lab, order: Order) -> tuple[Student | None, Sampling]:
 
 
 def _by_key(key: str, steps: int | None) -> Delivery:
-    """A student of the postcards' shipped teacher by its key."""
+    """A student of the shipped `teacher-early` on postcards by its key."""
     found = delivery(key, steps=steps)
     if found.testbed != "postcards":
         raise BadInput("student", key, f"{found.artefact.name} is not for postcards")
@@ -181,7 +181,7 @@ def _by_key(key: str, steps: int | None) -> Delivery:
         raise BadInput("student", key, "its file did not say at which times it is sampled")
     teacher = key_of(resolve(EARLY).spec())
     if found.base.startswith("postcards/teacher") and teacher not in found.base:
-        raise BadInput("student", key, "it belongs to another teacher than the one of quick")
+        raise BadInput("student", key, f"it belongs to another teacher than {EARLY}")
     return found
 
 
