@@ -17,7 +17,7 @@ from turbo_lab.errors import BadInput
 from turbo_lab.lab import Lab, Sampling, checked_sampling
 from turbo_lab.postcards import draw_scenes, render
 from turbo_lab.recipes import student_recipe
-from turbo_lab.recipes.distribution import VARIANTS, calls_per_round, sampler_times
+from turbo_lab.recipes.distribution import LONGER, VARIANTS, calls_per_round, sampler_times
 from turbo_lab.recipes.trajectory import FAMILIES as TRAJECTORY
 from turbo_lab.studies import distribution, distribution_figures, matching
 from turbo_lab.studies.distribution import TEACHER, Budget, Comparison, Measured
@@ -25,6 +25,9 @@ from turbo_lab.studies.distribution import TEACHER, Budget, Comparison, Measured
 BUDGET = Budget(
     captions=6, seeds=2, steps=(4, 2), prompts=2, noises=3, variants=("second-0.5", "guidance-2")
 )
+
+PLAIN = ("dmd2", "dmd2-long")
+"""Families that claims are made about."""
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,20 @@ def test_every_variant_changes_one_thing_and_spends_the_same_calls() -> None:
         assert spent[1] == pytest.approx(spent[0], rel=0.01), name
 
 
+@pytest.mark.parametrize("name", LONGER)
+def test_a_longer_student_spends_as_many_more_calls_as_it_says(name: str) -> None:
+    longer, spent = LONGER[name], []
+    families = [student_recipe(f, steps=longer.steps) for f in ("dmd2", f"dmd2-{name}")]
+    for recipe in families:
+        (stage,) = recipe.stages
+        per_round = calls_per_round(longer.steps, int(str(stage.options["rival_updates"])))
+        spent.append(stage.steps * stage.batch_size * per_round)
+    assert spent[1] / spent[0] == pytest.approx(longer.calls, rel=0.01)
+    assert families[1].adapter == longer.adapter != families[0].adapter
+    with pytest.raises(BadInput, match="steps=2"):
+        student_recipe(f"dmd2-{name}", steps=2)
+
+
 def test_a_round_costs_what_it_calls() -> None:
     """Two steps, two updates of the fake: by hand from the turns' own passes."""
     fake = 1.5 + 3  # to the drawn step and that step, then learning
@@ -96,9 +113,10 @@ def test_tables_figures_and_claims_come_out_whole(comparison: Comparison) -> Non
     teacher = rows[rows["family"] == "teacher"].set_index("metric")["value"]
     assert teacher["high_frequency_share"] == teacher["diversity"] == 1.0
     made = distribution.claims(comparison, profile="smoke")
-    assert [c.id.split("-")[0] for c in made] == ["C2"] * 4 + ["C3"] * 7
+    assert [c.id.split("-")[0] for c in made] == ["C2"] * 6 + ["C3"] * 8
     assert len(comparison.keys) == len(set(comparison.keys))
     variants = distribution.variant_titles(comparison)
+    longer = distribution.longer_titles(comparison)
     for figure in (
         distribution_figures.lines(rows),
         distribution_figures.pictures(comparison, count=3),
@@ -107,6 +125,7 @@ def test_tables_figures_and_claims_come_out_whole(comparison: Comparison) -> Non
         distribution_figures.chromas(comparison),
         distribution_figures.second_time(rows, variants),
         distribution_figures.dots(rows, variants, ["sign_read", "hue_kl"]),
+        distribution_figures.dots(rows, longer, ["sign_read", "hue_kl"], steps=4),
     ):
         assert isinstance(figure, Figure)
     assert distribution.wide(rows, variants, ["sign_read"]).shape == (1 + 2 + 2, 1)
@@ -117,7 +136,7 @@ def with_pictures(comparison: Comparison, images: Tensor, prompts: Tensor) -> Co
     """The comparison with given pictures in the place of every DMD2 student's."""
     of = comparison.teacher.scenes.fields
     found = matching.measured([images] * 2, [prompts] * 2, of, BUDGET.noises)
-    return with_measured(comparison, {k: found for k in comparison.measured if k[0] == "dmd2"})
+    return with_measured(comparison, {k: found for k in comparison.measured if k[0] in PLAIN})
 
 
 def with_measured(comparison: Comparison, found: dict[tuple[str, int], Measured]) -> Comparison:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 
+from turbo_lab.adapters import AdapterSize
 from turbo_lab.errors import BadInput
 from turbo_lab.methods.divergences import LINE, needs_ratio
 from turbo_lab.path import shift_time
 from turbo_lab.recipes.models import Family, Pairs, Profile, Rates, Recipe, Stage
 from turbo_lab.recipes.teacher import GUIDANCE
-from turbo_lab.recipes.trajectory import student
+from turbo_lab.recipes.trajectory import ADAPTER, student
 
 Option = float | int | str | tuple[float, ...]
 
@@ -36,22 +37,39 @@ NOISE_SHIFT = 4.0
 a sign goes and what it says is decided at high noise. LOG.md has the looks that chose it."""
 
 
+RATES: Mapping[str, Rates] = MappingProxyType(
+    {
+        "student": Rates(lr=1e-3, betas=(0.0, 0.999), warmup=10, final=0.1),
+        "fake": Rates(lr=2e-3, betas=(0.0, 0.999), warmup=10, final=0.1),
+    }
+)
+"""Of the plain student and its fake; a critic that learns has the student's."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A 2-step student with one thing changed.
+    """What a student has that the plain one of as many steps has not.
 
     Args:
         title: for tables and figures.
+        steps: of the student.
         options: of the method, over those of the plain student.
         guidance_scale: of the teacher.
         extra: network calls per sample that an update of the student costs more than usual, its
             share of its rivals' turns included.
+        calls: network calls that it may spend, over those of the plain student.
+        adapter: its size, and that of its fake score.
+        rates: of the two.
     """
 
     title: str
+    steps: int = 2
     options: Mapping[str, Option] = field(default_factory=dict)
     guidance_scale: float = GUIDANCE
     extra: float = 0.0
+    calls: float = 1.0
+    adapter: AdapterSize = ADAPTER
+    rates: Mapping[str, Rates] = field(default_factory=lambda: RATES)
 
 
 def sampler_times(steps: int) -> tuple[float, ...]:
@@ -83,6 +101,24 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
     }
 )
 """What the 2-step student is compared with; each changes one thing."""
+LONG = "long"
+LONGER: Mapping[str, Variant] = MappingProxyType(
+    {
+        LONG: Variant(
+            title="trained longer, rank 32",
+            steps=4,
+            options={"rival_updates": 1, "noise_shift": 2.5, "fake_shift": 2.5},
+            calls=3.0,
+            adapter=AdapterSize(rank=32, alpha=32),
+            rates={
+                "student": RATES["student"].model_copy(update={"final": 0.02}),
+                "fake": RATES["fake"].model_copy(update={"final": 0.05}),
+            },
+        )
+    }
+)
+"""What it takes to come near the teacher's signs: several changes at once, see LOG.md."""
+_CHANGED: Mapping[str, Variant] = MappingProxyType({**VARIANTS, **LONGER})
 
 
 def calls_per_round(steps: int, rival_updates: int) -> float:
@@ -103,9 +139,9 @@ def dmd2(profile: Profile, seed: int, *, steps: int, variant: str = "") -> Recip
         profile: smoke, quick or paper.
         seed: of the training.
         steps: of the student, one of `DMD2_STEPS`.
-        variant: a name of `VARIANTS`; empty for the plain student.
+        variant: a name of `VARIANTS` or `LONGER`; empty for the plain student.
     """
-    changed = VARIANTS[variant] if variant else Variant(title="")
+    changed = _CHANGED[variant] if variant else Variant(title="")
     options: dict[str, Option] = {
         "times": sampler_times(steps),
         "rival_updates": RIVAL_UPDATES,
@@ -116,16 +152,14 @@ def dmd2(profile: Profile, seed: int, *, steps: int, variant: str = "") -> Recip
     batch_size = {"smoke": 4, "quick": 16, "paper": 32}[profile]
     rival_updates = int(str(options["rival_updates"]))
     per_round = calls_per_round(steps, rival_updates) + changed.extra / rival_updates
-    rounds = max(2 * rival_updates, int(CALLS[profile] / (per_round * batch_size)))
-    rates = {
-        "student": Rates(lr=1e-3, betas=(0.0, 0.999), warmup=10, final=0.1),
-        "fake": Rates(lr=2e-3, betas=(0.0, 0.999), warmup=10, final=0.1),
-    }
+    calls = CALLS[profile] * changed.calls
+    rounds = max(2 * rival_updates, int(calls / (per_round * batch_size)))
+    rates = dict(changed.rates)
     weighed = needs_ratio(
         str(options.get("divergence", "rkl")), float(str(options.get("alpha", 0)))
     )
     if weighed:
-        rates["critic"] = Rates(lr=1e-3, betas=(0.0, 0.999), warmup=10, final=0.1)
+        rates["critic"] = rates["student"]
     stage = Stage(
         method="dmd2",
         options=options,
@@ -138,11 +172,11 @@ def dmd2(profile: Profile, seed: int, *, steps: int, variant: str = "") -> Recip
         pairs=RATIO_PAIRS[profile] if weighed else None,
     )
     name = f"dmd2-{steps}{'-' * bool(variant)}{variant}"
-    return student(name, seed, (stage,))
+    return student(name, seed, (stage,), adapter=changed.adapter)
 
 
 def _family(steps: int, profile: Profile, seed: int, *, variant: str = "") -> Recipe:
-    have = (2,) if variant else DMD2_STEPS
+    have = (_CHANGED[variant].steps,) if variant else DMD2_STEPS
     if steps not in have:
         raise BadInput("steps", steps, f"choose one of {', '.join(map(str, have))}")
     return dmd2(profile, seed, steps=steps, variant=variant)
@@ -155,7 +189,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             f"dmd2-{name}": Family(
                 title=f"DMD2, {variant.title}", eta=0.0, recipe=partial(_family, variant=name)
             )
-            for name, variant in VARIANTS.items()
+            for name, variant in _CHANGED.items()
         },
     }
 )
@@ -163,6 +197,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 RECIPES: Mapping[str, Callable[[Profile, int], Recipe]] = MappingProxyType(
     {
         **{f"dmd2-{steps}": partial(dmd2, steps=steps) for steps in DMD2_STEPS},
-        **{f"dmd2-2-{name}": partial(dmd2, steps=2, variant=name) for name in VARIANTS},
+        **{
+            f"dmd2-{of.steps}-{name}": partial(dmd2, steps=of.steps, variant=name)
+            for name, of in _CHANGED.items()
+        },
     }
 )

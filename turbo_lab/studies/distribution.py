@@ -18,7 +18,7 @@ from turbo_lab.claims import Claim, Interval
 from turbo_lab.lab import Lab, Samples, Sampling
 from turbo_lab.progress import progress
 from turbo_lab.recipes import FAMILIES, Profile, Recipe, student_recipe
-from turbo_lab.recipes.distribution import DMD2_STEPS, VARIANTS
+from turbo_lab.recipes.distribution import DMD2_STEPS, LONG, LONGER, VARIANTS
 from turbo_lab.recipes.trajectory import FAMILIES as TRAJECTORY
 from turbo_lab.studies import matching
 from turbo_lab.studies.matching import BINS as BINS  # names of the study, kept in matching
@@ -53,6 +53,7 @@ class Budget:
     prompts: int = 6
     noises: int = 24
     variants: tuple[str, ...] = tuple(VARIANTS)
+    longer: tuple[str, ...] = tuple(LONGER)
 
 
 BUDGETS: Mapping[str, Budget] = MappingProxyType(
@@ -142,6 +143,8 @@ def compare(
     chosen = profile if fresh else "quick"
     plain: list[Key] = list(product(("dmd2",), budget.steps, range(budget.seeds)))
     variants: list[Key] = [(f"dmd2-{name}", FEW, 0) for name in budget.variants]
+    longer = ((f"dmd2-{name}", LONGER[name].steps) for name in budget.longer)
+    plain += [(family, steps, k) for family, steps in longer for k in range(budget.seeds)]
     if fresh:
         for family, steps, k in (*plain, *variants):
             recipe = student_recipe(family, steps=steps, profile=profile, seed=k)
@@ -194,6 +197,12 @@ def table(comparison: Comparison) -> pd.DataFrame:
 def variant_titles(comparison: Comparison) -> dict[str, str]:
     """Families of the 2-step students, plain and changed, and their titles."""
     changed = {f"dmd2-{name}": VARIANTS[name].title for name in comparison.budget.variants}
+    return {"teacher": TITLES["teacher"], "dmd2": "DMD2", **changed}
+
+
+def longer_titles(comparison: Comparison) -> dict[str, str]:
+    """Families of students that were trained longer, after the plain one, and their titles."""
+    changed = {f"dmd2-{name}": LONGER[name].title for name in comparison.budget.longer}
     return {"teacher": TITLES["teacher"], "dmd2": "DMD2", **changed}
 
 
@@ -250,9 +259,10 @@ def training_cost(comparison: Comparison) -> pd.DataFrame:
 
 
 def claims(comparison: Comparison, *, profile: str) -> list[Claim]:
-    """C2 at 4 and 8 steps, and C3 at 2, part by part."""
+    """C2 at 4 and 8 steps, trained longer too, and C3 at 2, part by part."""
     repaired = [n for n in comparison.budget.steps if n > FEW]
     made = [one for n in sorted(repaired) for one in _repairs(comparison, n)]
+    made += _trained_longer(comparison) if LONG in comparison.budget.longer else []
     made += _breaks(comparison)
     common: dict[str, Any] = {
         "notebook": NOTEBOOK,
@@ -288,6 +298,27 @@ def _repairs(comparison: Comparison, steps: int) -> list[dict[str, Any]]:
         _row(f"C2-teacher-sharp-{steps}", f"DMD2 at {steps} steps is not blurred",
              "high-frequency share, of the teacher's",
              cl.crossed_bootstrap(*sharp, statistic=ratio), "above", 0.9),
+    ]  # fmt: skip
+
+
+def _trained_longer(comparison: Comparison) -> list[dict[str, Any]]:
+    """C2 and C3 once more: what a longer training brings, and what it breaks."""
+    steps = LONGER[LONG].steps
+    own, plain = comparison.measured[f"dmd2-{LONG}", steps], comparison.measured["dmd2", steps]
+    read, before = own.values["sign_read"], plain.values["sign_read"]
+    teacher, moss = comparison.measured[TEACHER].values, own.values["moss_energy"]
+    theirs = like(teacher["sign_read"], read)
+    longer = f"DMD2 at {steps} steps, trained longer in a larger adapter,"
+    return [
+        _row(f"C2-long-{steps}", f"{longer} reads more signs than the plain one",
+             "signs read, minus the plain student's", cl.crossed_bootstrap(read - before),
+             "above", 0),
+        _row(f"C2-long-teacher-{steps}", f"{longer} reads nearly as many signs as its teacher",
+             "signs read, of the teacher's",
+             cl.crossed_bootstrap(read, theirs, statistic=ratio), "above", 0.95),
+        _row(f"C3-long-sharp-{steps}", f"{longer} over-sharpens moss",
+             "band energy on moss, minus the teacher's",
+             cl.crossed_bootstrap(moss - like(teacher["moss_energy"], moss)), "above", 0),
     ]  # fmt: skip
 
 

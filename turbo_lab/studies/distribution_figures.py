@@ -223,13 +223,16 @@ def training_curves(curves: pd.DataFrame) -> Figure:
     return figure
 
 
-def dots(rows: pd.DataFrame, variants: Mapping[str, str], metrics: Sequence[str]) -> Figure:
-    """One row per 2-step student, one panel per metric, the teacher as a band.
+def dots(
+    rows: pd.DataFrame, variants: Mapping[str, str], metrics: Sequence[str], *, steps: int = FEW
+) -> Figure:
+    """One row per student of so many steps, one panel per metric, the teacher as a band.
 
     Args:
         rows: of `distribution.table`.
         variants: family to label, from top to bottom.
         metrics: the panels.
+        steps: of all the students.
     """
     families = [f for f in variants if f != "teacher"]
     with style():
@@ -240,7 +243,7 @@ def dots(rows: pd.DataFrame, variants: Mapping[str, str], metrics: Sequence[str]
             of = rows[rows["metric"] == metric]
             for _, band in of[of["family"] == "teacher"].iterrows():
                 axis.axvspan(band["low"], band["high"], color=SOFT, alpha=0.25, lw=0)
-            part = of[of["steps"] == FEW].set_index("family").reindex(families)
+            part = of[of["steps"] == steps].set_index("family").reindex(families)
             error = [part["value"] - part["low"], part["high"] - part["value"]]
             axis.errorbar(
                 part["value"], range(len(families)), xerr=np.abs(error), color=ACCENT, fmt="o",
@@ -249,5 +252,5 @@ def dots(rows: pd.DataFrame, variants: Mapping[str, str], metrics: Sequence[str]
             axis.set_title(METRICS[metric])
             axis.grid(axis="y", color=SOFT, alpha=0.2)
         axes[0].set_yticks(range(len(families)), [variants[f] for f in families], fontsize=8)
-        axes[0].invert_yaxis()
+        axes[0].set_ylim(len(families) - 0.5, -0.5)  # the first on top
     return figure
