@@ -129,7 +129,7 @@ def test_tables_figures_and_claims_come_out_whole(comparison: Comparison) -> Non
     ):
         assert isinstance(figure, Figure)
     assert distribution.wide(rows, variants, ["sign_read"]).shape == (1 + 2 + 2, 1)
-    assert len(distribution.training_cost(comparison)) == 2 + 2
+    assert len(distribution.training_cost(comparison)) == 2 + 2 + 1  # steps, variants, longer
 
 
 def with_pictures(comparison: Comparison, images: Tensor, prompts: Tensor) -> Comparison:
