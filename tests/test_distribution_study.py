@@ -26,7 +26,7 @@ BUDGET = Budget(
     captions=6, seeds=2, steps=(4, 2), prompts=2, noises=3, variants=("second-0.5", "guidance-2")
 )
 
-PLAIN = ("dmd2", "dmd2-long")
+CLAIMED = ("dmd2", "dmd2-long")
 """Families that claims are made about."""
 
 
@@ -116,7 +116,7 @@ def test_tables_figures_and_claims_come_out_whole(comparison: Comparison) -> Non
     assert [c.id.split("-")[0] for c in made] == ["C2"] * 6 + ["C3"] * 8
     assert len(comparison.keys) == len(set(comparison.keys))
     variants = distribution.variant_titles(comparison)
-    longer = distribution.longer_titles(comparison)
+    longer = distribution.longer_titles()
     for figure in (
         distribution_figures.lines(rows),
         distribution_figures.pictures(comparison, count=3),
@@ -136,7 +136,7 @@ def with_pictures(comparison: Comparison, images: Tensor, prompts: Tensor) -> Co
     """The comparison with given pictures in the place of every DMD2 student's."""
     of = comparison.teacher.scenes.fields
     found = matching.measured([images] * 2, [prompts] * 2, of, BUDGET.noises)
-    return with_measured(comparison, {k: found for k in comparison.measured if k[0] in PLAIN})
+    return with_measured(comparison, {k: found for k in comparison.measured if k[0] in CLAIMED})
 
 
 def with_measured(comparison: Comparison, found: dict[tuple[str, int], Measured]) -> Comparison:

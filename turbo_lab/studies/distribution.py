@@ -53,7 +53,6 @@ class Budget:
     prompts: int = 6
     noises: int = 24
     variants: tuple[str, ...] = tuple(VARIANTS)
-    longer: tuple[str, ...] = tuple(LONGER)
 
 
 BUDGETS: Mapping[str, Budget] = MappingProxyType(
@@ -141,12 +140,12 @@ def compare(
         fresh: train the DMD2 students again.
     """
     chosen = profile if fresh else "quick"
-    plain: list[Key] = list(product(("dmd2",), budget.steps, range(budget.seeds)))
-    variants: list[Key] = [(f"dmd2-{name}", FEW, 0) for name in budget.variants]
-    longer = ((f"dmd2-{name}", LONGER[name].steps) for name in budget.longer)
-    plain += [(family, steps, k) for family, steps in longer for k in range(budget.seeds)]
+    longer = [(f"dmd2-{name}", of.steps) for name, of in LONGER.items()]
+    seeded = [*product(("dmd2",), budget.steps), *longer]
+    ours: list[Key] = [(family, steps, k) for family, steps in seeded for k in range(budget.seeds)]
+    ours += [(f"dmd2-{name}", FEW, 0) for name in budget.variants]
     if fresh:
-        for family, steps, k in (*plain, *variants):
+        for family, steps, k in ours:
             recipe = student_recipe(family, steps=steps, profile=profile, seed=k)
             lab.trained(recipe, fresh=True)
     older = list(product(TRAJECTORY, budget.steps, range(budget.seeds)))
@@ -160,11 +159,11 @@ def compare(
             teacher.model_copy(update=many), "teacher, many noises of a caption"
         ),
         drawn=draw_students(
-            lab, [*plain, *variants, *older], captions=budget.captions, seed=seed, profile=chosen
+            lab, [*ours, *older], captions=budget.captions, seed=seed, profile=chosen
         ),
         prompts=draw_students(
             lab,
-            [*plain, *variants],
+            ours,
             captions=budget.prompts,
             noises=budget.noises,
             seed=seed,
@@ -200,9 +199,9 @@ def variant_titles(comparison: Comparison) -> dict[str, str]:
     return {"teacher": TITLES["teacher"], "dmd2": "DMD2", **changed}
 
 
-def longer_titles(comparison: Comparison) -> dict[str, str]:
+def longer_titles() -> dict[str, str]:
     """Families of students that were trained longer, after the plain one, and their titles."""
-    changed = {f"dmd2-{name}": LONGER[name].title for name in comparison.budget.longer}
+    changed = {f"dmd2-{name}": of.title for name, of in LONGER.items()}
     return {"teacher": TITLES["teacher"], "dmd2": "DMD2", **changed}
 
 
@@ -262,8 +261,7 @@ def claims(comparison: Comparison, *, profile: str) -> list[Claim]:
     """C2 at 4 and 8 steps, trained longer too, and C3 at 2, part by part."""
     repaired = [n for n in comparison.budget.steps if n > FEW]
     made = [one for n in sorted(repaired) for one in _repairs(comparison, n)]
-    made += _trained_longer(comparison) if LONG in comparison.budget.longer else []
-    made += _breaks(comparison)
+    made += [*_trained_longer(comparison), *_breaks(comparison)]
     common: dict[str, Any] = {
         "notebook": NOTEBOOK,
         "source": SOURCE,
