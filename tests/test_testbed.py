@@ -7,6 +7,8 @@ import torch
 from pydantic import ValidationError
 
 from turbo_lab.field import counted, guided
+from turbo_lab.measure.palette import hue_mode, hue_shares, hue_truth
+from turbo_lab.measure.views import hue_degrees
 from turbo_lab.path import time_grid
 from turbo_lab.postcards import draw_scenes, render
 from turbo_lab.postcards.captions import null_tokens
@@ -115,6 +117,33 @@ def test_training_data_never_repeats_and_slices_by_rows() -> None:
     torch.testing.assert_close(whole.x, torch.cat([p.x for p in parts]))
     assert torch.equal(whole.c, torch.cat([p.c for p in parts]))
     assert not torch.equal(whole.x, train_batch(second, seed=0).x)
+
+
+def test_busts_are_garments_of_hues_that_postcards_have_and_slice_by_rows() -> None:
+    draw = Draw(seed=3, step=1, total=64)
+    images = decode(train_batch(draw, seed=0, busts=1.0).x)
+    parts = [train_batch(draw.rows(a, b), seed=0, busts=1.0).x for a, b in ((0, 30), (30, 64))]
+    torch.testing.assert_close(images, decode(torch.cat(parts)))
+    # Only garments are so saturated and of these hues; moss and skin are neither.
+    unit = (images + 1) / 2
+    top, low = unit.amax(1), unit.amin(1)
+    garment = ((top - low) / top.clamp_min(1e-6) > 0.6) & (top > 0.75)
+    modes = hue_mode(hue_degrees(unit.permute(0, 2, 3, 1))[garment])
+    shares = hue_shares(modes)
+    assert (garment.sum((1, 2)) > 100).all()  # a postcard has about 25 such pixels
+    assert float(shares[-1]) < 0.05  # edges, where colours mix
+    assert float((shares[:-1] - hue_truth()).abs().max()) < 0.06
+
+
+@pytest.mark.parametrize(("posters", "busts"), [(0.4, 0.3), (1.0, 0.0), (0.0, 1.0)])
+def test_practice_takes_its_share_of_the_pictures(posters: float, busts: float) -> None:
+    draw = Draw(seed=0, step=0, total=400)
+    plain = train_batch(draw, seed=0).x
+    mixed = train_batch(draw, seed=0, posters=posters, busts=busts).x
+    changed = (mixed != plain).flatten(1).any(1)
+    assert abs(float(changed.float().mean()) - posters - busts) < 0.06
+    kept = train_batch(draw, seed=0, posters=posters).x
+    assert torch.equal(kept[~changed], plain[~changed])
 
 
 def test_a_network_comes_from_its_seed_and_a_spawn_is_a_copy() -> None:

@@ -94,14 +94,15 @@ def _bar(total: int, what: str, delay: float) -> Iterator[Tick]:
 
 @contextmanager
 def _log(total: int, what: str) -> Iterator[Tick]:
-    began = said = time.monotonic()
+    said, before = time.monotonic(), 0
 
     def tick(done: int, note: str = "") -> None:
-        nonlocal said
+        nonlocal said, before
         now = time.monotonic()
         if now - said >= LOG_EVERY:
-            said = now
-            left = (now - began) * (total - done) / max(done, 1)
+            # By the pace since the last line: what a resumed training had done took no time now.
+            left = (now - said) * (total - done) / max(done - before, 1)
+            said, before = now, done
             print(f"{what}: {done}/{total} {note} ({left:.0f} s left)", file=sys.stderr, flush=True)
 
     yield tick

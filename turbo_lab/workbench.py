@@ -30,6 +30,7 @@ from turbo_lab.methods.gan import Batches, mixed
 from turbo_lab.methods.kinds import TrainableField
 from turbo_lab.methods.transition import spawn_latent_head
 from turbo_lab.postcards.captions import TOKENS, VOCABULARY, null_tokens
+from turbo_lab.precision import InBfloat16
 from turbo_lab.progress import progress
 from turbo_lab.recipes import Pairs, Recipe, Stage
 from turbo_lab.stages import CRITIC, FAKE, HEAD, check_stages, fields_of, rivals_of
@@ -73,7 +74,8 @@ class Workbench:
         kind = METHODS[stage.method]
         wanted = fields_of(stage) & self.pieces.keys()
         method = kind(**{name: self.pieces[name] for name in wanted}, **stage.options)
-        return method if self.gan is None else self.gan.around(method)
+        objective = method if self.gan is None else self.gan.around(method)
+        return InBfloat16(objective=objective) if stage.precision == "bf16" else objective
 
 
 # --- the players ---------------------------------------------------------------------------------
@@ -248,6 +250,7 @@ def _real(recipe: Recipe, device: str) -> Callable[[Draw], Batch]:
         skip=recipe.samples_seen - stage.steps * stage.batch_size,
         sign_grid=stage.sign_grid,
         posters=stage.posters,
+        busts=stage.busts or 0.0,
         device=device,
     )
 

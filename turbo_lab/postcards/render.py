@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -104,6 +105,26 @@ def render_posters(scenes: Scenes, places: Tensor) -> Tensor:
     picture = _ground(scenes)
     for place in places.unbind(1):
         picture = _with_sign(picture, scenes, place)
+    return picture * 2 - 1
+
+
+def render_busts(scenes: Scenes, figures: Sequence[Scenes]) -> Tensor:
+    """Paint the ground and many heads and torsos instead of a figure and a sign.
+
+    Practice like posters, of garments: every picture shows as many hues as it has figures.
+
+    Args:
+        scenes: B scenes, of which the ground is used.
+        figures: B scenes each, of which the head's place and the garment's colour are used.
+
+    Returns:
+        ``[B, 3, 32, 32]`` in [-1, 1].
+    """
+    picture = _ground(scenes)
+    for figure in figures:
+        _, torso, face = _figure(figure)
+        for alpha, colour in (torso, face):
+            picture = picture + alpha[:, None] * (colour[:, :, None, None] - picture)
     return picture * 2 - 1
 
 

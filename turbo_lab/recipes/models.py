@@ -164,7 +164,8 @@ class Stage(_Frozen):
     postcards by the teacher's samples. A fake score starts as the plain teacher, or, by
     ``rivals_from``, as the student of the stage before ("before") or as its fake score ("fake"). A
     critic that the options ask for is a small network of its own, or, with ``taps``, heads on all
-    blocks of the plain teacher.
+    blocks of the plain teacher. ``precision`` "bf16" multiplies matrices in bfloat16, see
+    `turbo_lab.precision`.
     ``gan`` adds a GAN term, whose pairs are its own. What is None is left out of the key, and of a
     training: there is no reason to write "teacher" on postcards.
     """
@@ -177,6 +178,7 @@ class Stage(_Frozen):
     ema: float = Field(0.999, ge=0, lt=1)
     sign_grid: int = Field(1, ge=1, le=4)
     posters: float = Field(0.0, ge=0, le=1)
+    busts: float | None = Field(None, gt=0, le=1)
     version: int = Field(1, ge=1)
     teacher: Literal["guided", "before"] | None = None
     guidance_scale: float | None = Field(None, ge=0, le=20)
@@ -184,6 +186,7 @@ class Stage(_Frozen):
     rivals_from: Literal["teacher", "before", "fake"] | None = None
     gan: Gan | None = None
     taps: Literal["teacher"] | None = None
+    precision: Literal["bf16"] | None = None
 
     @field_validator("method")
     @classmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from itertools import product
 
@@ -22,13 +22,15 @@ from turbo_lab.fit import Batch
 from turbo_lab.path import time_grid
 from turbo_lab.postcards import SIZE, Caption, Scenes, caption_tokens, draw_scenes, render
 from turbo_lab.postcards.captions import VOCABULARY, null_tokens
-from turbo_lab.postcards.render import render_posters
+from turbo_lab.postcards.render import render_busts, render_posters
 from turbo_lab.sample import draw_samples
 from turbo_lab.streams import Draw, noise, seed_for
 
 PATCH = 2  # of the pixel-unshuffle and of Qwen's packing: a token is a 4x4 pixel patch
 LATENT_CHANNELS = 3 * PATCH**2
 LATENT_SIZE = SIZE // PATCH
+BUSTS_FROM = 40
+"""Figures of busts are scenes from 2^40 on: no training sees as many postcards."""
 LATENT_SHAPE = (LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
 
 
@@ -177,6 +179,7 @@ def train_batch(
     skip: int = 0,
     sign_grid: int = 1,
     posters: float = 0.0,
+    busts: float = 0.0,
     device: torch.device | str = "cpu",
 ) -> Batch:
     """Scenes of the train stream for the rows of a draw; an endless supply, nothing repeats.
@@ -187,6 +190,8 @@ def train_batch(
         skip: scenes that earlier stages of the training have used.
         sign_grid: see `draw_scenes`.
         posters: share of pictures that are six signs instead of a postcard, 0 to 1.
+        busts: share of pictures that are eight figures without limbs, each in a garment of its own
+            hue, instead of a postcard, 0 to 1; with ``posters`` at most 1.
         device: where the batch goes.
     """
     first = skip + draw.step * draw.total
@@ -194,9 +199,16 @@ def train_batch(
     rows = range(first + draw.start, first + stop)
     scenes = draw_scenes("train", rows, seed=seed, sign_grid=sign_grid)
     images = render(scenes)
+    kind = draw.uniform("poster")
     if posters > 0:
-        chosen = draw.uniform("poster") < posters
+        chosen = kind < posters
         images[chosen] = render_posters(scenes[chosen], _poster_places(draw)[chosen])
+    if busts > 0:
+        chosen = kind >= 1 - busts
+        figures = _bust_garments([i for i, c in zip(rows, chosen, strict=True) if c], seed)
+        heads = _bust_places(draw)[chosen].unbind(1)
+        placed = [replace(f, head=head) for f, head in zip(figures, heads, strict=True)]
+        images[chosen] = render_busts(scenes[chosen], placed)
     return Batch(encode(images).to(device), scenes.tokens.to(device))
 
 
@@ -261,3 +273,21 @@ def _poster_places(draw: Draw) -> Tensor:
         for k, (row, column) in enumerate(product(range(3), range(2)))
     ]
     return torch.stack(places, dim=1)
+
+
+def _bust_places(draw: Draw) -> Tensor:
+    """Places ``[rows, 8, 2]`` of heads whose torsos do not overlap; some are cut by the edges."""
+    places = []
+    for column in range(4):
+        x = 8 * column + 2.6 + 2.8 * draw.uniform(f"bust x{column}")
+        y = 8 * draw.uniform(f"bust y{column}") - 1
+        places += [torch.stack([x, y + 16 * row], dim=1) for row in range(2)]
+    return torch.stack(places, dim=1)
+
+
+def _bust_garments(indices: Sequence[int], seed: int) -> list[Scenes]:
+    """Eight scenes for each index, of a part of the train stream that no postcard is from."""
+    return [
+        draw_scenes("train", [(k + 1 << BUSTS_FROM) + i for i in indices], seed=seed)
+        for k in range(8)
+    ]

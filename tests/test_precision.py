@@ -1,0 +1,70 @@
+"""Losses in bfloat16 against losses in float32, and what must stay in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as attention
+
+from turbo_lab import recipes
+from turbo_lab.methods.flow import FlowMatching
+from turbo_lab.precision import InBfloat16, bfloat16
+from turbo_lab.recipes import Stage
+from turbo_lab.store import Store
+from turbo_lab.streams import Draw
+from turbo_lab.testbeds.postcards import NetSize, spawn_net, train_batch
+from turbo_lab.training import replay, trained, workbench
+
+CPU = torch.device("cpu")
+SMALL = NetSize(layers=1, heads=1, head_width=16, text_width=16)
+
+
+def test_losses_are_near_those_in_float32_and_gradients_stay_in_it() -> None:
+    draw = Draw(seed=0, step=0, total=8)
+    batch = train_batch(draw, seed=0)
+    plain = FlowMatching(student=spawn_net(NetSize(), 0))
+    (turn,), (half,) = plain.turns(), InBfloat16(objective=plain).turns()
+    assert (half.name, half.moves, half.every) == (turn.name, turn.moves, turn.every)
+    exact, near = (t.loss(batch, draw)["velocity"] for t in (turn, half))
+    assert near.dtype == torch.float32
+    assert 0 < float((near / exact - 1).detach().abs().max()) < 0.01
+    near.sum().backward()
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in plain.student.parameters())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda q, k, v: attention(q, k, v),
+        lambda q, k, v: attention(query=q, key=k, value=v, is_causal=False),
+    ],
+    ids=["by place", "by name"],
+)
+def test_attention_alone_is_computed_in_float32(call: Callable[..., Tensor]) -> None:
+    q, k, v = torch.randn(3, 2, 4, 16, 8, generator=torch.Generator().manual_seed(0))
+    with bfloat16(CPU):
+        inside, halves = call(q, k, v), call(q.bfloat16(), k.bfloat16(), v.bfloat16())
+        product = q @ k.transpose(-1, -2)
+    assert torch.equal(inside, attention(q, k, v))  # to the bit
+    assert halves.dtype == product.dtype == torch.bfloat16
+    exact = attention(*(x.bfloat16().float() for x in (q, k, v)))
+    assert torch.equal(halves, exact.bfloat16())  # rounded once, at the end
+
+
+def test_a_stage_says_so_and_another_precision_is_another_artefact(tmp_path: Path) -> None:
+    whole = recipes.resolve("teacher", profile="smoke")
+    stage = whole.stages[0]
+    assert "precision" not in whole.model_copy(update={"stages": (stage,)}).spec()["stages"][0]
+    half = Stage(**{**stage.model_dump(), "precision": "bf16"})
+    plain, recipe = (
+        whole.model_copy(update={"net": SMALL, "stages": (one,)}) for one in (stage, half)
+    )
+    store = Store(cache=tmp_path)
+    assert isinstance(workbench(recipe, store).objective(half), InBfloat16)
+    first, second = trained(plain, store=store), trained(recipe, store=store)
+    assert first.key != second.key
+    assert replay(recipe, second, store).first != replay(plain, first, store).first
