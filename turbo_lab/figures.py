@@ -337,12 +337,16 @@ def _one_metric(axis: Axes, rows: pd.DataFrame, x: str) -> None:
 
 
 def log_axis(axis: Axes, ticks: Sequence[float]) -> None:
-    """Logarithmic x with a label at every point that does not crowd the one before."""
+    """Logarithmic x with a label at the last point and all that do not crowd the one before."""
     axis.set_xscale("log")
     shown: list[float] = []
     for tick in sorted(ticks):
         if not shown or tick >= 1.4 * shown[-1]:
             shown.append(tick)
+    last = max(ticks)
+    if last < 1.25 * shown[-1]:
+        shown.pop()
+    shown = [*[tick for tick in shown if tick < last], last]
     axis.set_xticks(shown, [f"{t:g}" for t in shown], fontsize=7)
     axis.minorticks_off()
 
