@@ -10,6 +10,7 @@ import pytest
 
 from turbo_lab import places, reproduce, runner
 from turbo_lab.errors import BadInput
+from turbo_lab.recipes import EARLY, resolve
 from turbo_lab.run_one import Outcome
 from turbo_lab.store import Store
 
@@ -72,6 +73,23 @@ def test_a_run_that_broke_off_goes_on_and_one_that_ended_begins_again(
     assert (found[1].cache / "checkpoint").exists()
     reproduce.reproduce()
     assert not (found[2].cache / "checkpoint").exists()
+
+
+def test_what_is_kept_lies_in_the_store_as_it_was_shipped(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    early = resolve(EARLY)
+    found: list[Store] = []
+    monkeypatch.setattr(runner, "run", notebooks(found))
+    with pytest.raises(BadInput, match="keep='nobody'"):
+        reproduce.reproduce(keep=["nobody"])
+    assert not found  # refused before anything ran
+    reproduce.reproduce(keep=["postcards/progressive"])
+    assert {entry.name for entry in found[0].entries()} == {"postcards/progressive"}
+    reproduce.reproduce(keep=[early.artefact])
+    kept = found[1].find(early.artefact, early.spec())
+    assert kept is not None and kept.path.is_relative_to(checkout)
+    assert {entry.name for entry in found[1].entries()} == {"postcards/teacher"}
 
 
 def test_only_profiles_that_train_are_taken_and_the_variable_is_checked(

@@ -288,6 +288,10 @@ def readme() -> None:
 def reproduce(
     profile: Annotated[str, typer.Option(help="quick or paper.")] = "quick",
     only: OnlyOption = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="A shipped artefact to use and not train again, as postcards/teacher."),
+    ] = None,
     jobs: JobsOption = 0,
     device: DeviceOption = "auto",
 ) -> None:
@@ -296,7 +300,9 @@ def reproduce(
 
     hours = again.core_hours()
     typer.echo(f"What is shipped took {hours:.1f} hours of one core; a killed run goes on.")
-    outcomes, found = again.reproduce(profile=profile, only=only or [], jobs=jobs, device=device)
+    outcomes, found = again.reproduce(
+        profile=profile, only=only or [], keep=keep or [], jobs=jobs, device=device
+    )
     typer.echo(again.report(found))
     _conclude(outcomes)
 

@@ -2,7 +2,8 @@
 
 Notebooks ask the store for what they need, and it trains what it has not got. So here they run
 with an empty store behind which nothing is shipped. A run that was killed goes on where its
-checkpoints end; one that has ended begins from nothing the next time.
+checkpoints end; one that has ended begins from nothing the next time. What takes longest can be
+kept as it was shipped: its teachers, to train the students of one notebook again in an hour or two.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from turbo_lab import places, runner
 from turbo_lab.atomic import atomic_write_text
 from turbo_lab.errors import BadInput
 from turbo_lab.run_one import Outcome
-from turbo_lab.store import CACHE_VARIABLE, SHIPPED_VARIABLE, Store
+from turbo_lab.store import CACHE_VARIABLE, SHIPPED_VARIABLE, Store, atomic_folder
 
 PROFILES = ("quick", "paper")
 CELL_SECONDS = 7 * 24 * 3600
@@ -49,13 +50,19 @@ class Change:
 
 
 def reproduce(
-    *, profile: str = "quick", only: Sequence[str] = (), jobs: int = 0, device: str = "auto"
+    *,
+    profile: str = "quick",
+    only: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    jobs: int = 0,
+    device: str = "auto",
 ) -> tuple[list[Outcome], list[Change]]:
     """Retrain, rerun and compare.
 
     Args:
         profile: ``quick`` or ``paper``.
         only: beginnings of notebooks' names; empty for all.
+        keep: names of shipped artefacts that are used and not trained again, ``testbed/recipe``.
         jobs: notebooks at a time, at least 1; 0 chooses.
         device: of trainings and samples.
 
@@ -63,14 +70,18 @@ def reproduce(
         How each notebook ended, and every claim of theirs beside the committed one.
 
     Raises:
-        BadInput: another profile, or a name without a notebook.
+        BadInput: another profile, a name without a notebook, or nothing of a name to keep.
     """
     if profile not in PROFILES:
         raise BadInput("profile", profile, f"use {' or '.join(PROFILES)}: others train nothing new")
+    kept = list(_shipped(keep))
     folder = places.run_dir("reproduce") / profile
     ended = folder / "ended"
     if ended.exists():
         shutil.rmtree(folder)
+    for source in kept:
+        with atomic_folder(folder / "store" / source.parent.name / source.name) as target:
+            shutil.copytree(source, target, dirs_exist_ok=True)
     figures = folder / "figures"
     with _environment({CACHE_VARIABLE: str(folder / "store"), SHIPPED_VARIABLE: "none"}):
         outcomes = runner.run(
@@ -85,6 +96,19 @@ def reproduce(
         atomic_write_text(ended, "")
     names = {one.name for one in outcomes}
     return outcomes, changes(_claims(places.root() / "figures"), _claims(figures), names)
+
+
+def _shipped(names: Sequence[str]) -> Iterator[Path]:
+    """Folders of the shipped artefacts of some recipes."""
+    store = Store.default()
+    found = {entry.name for entry in store.entries() if entry.root == "shipped"}
+    for name in names:
+        if name not in found:
+            raise BadInput("keep", name, f"what is shipped is {', '.join(sorted(found))}")
+    for entry in store.entries():
+        if entry.root == "shipped" and entry.name in names:
+            (root,) = store.shipped
+            yield root / f"{entry.name}-{entry.key}"
 
 
 def changes(
