@@ -344,7 +344,7 @@ def log_axis(axis: Axes, ticks: Sequence[float]) -> None:
         if not shown or tick >= 1.4 * shown[-1]:
             shown.append(tick)
     last = max(ticks)
-    if last < 1.25 * shown[-1]:
+    if last > shown[-1] and math.log(last / shown[-1]) < 0.12 * math.log(last / shown[0]):
         shown.pop()
     shown = [*[tick for tick in shown if tick < last], last]
     axis.set_xticks(shown, [f"{t:g}" for t in shown], fontsize=7)
