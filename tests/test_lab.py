@@ -155,3 +155,17 @@ def test_libraries_show_bars_where_ours_are_shown(
     monkeypatch.setenv(progress.VARIABLE, "loud")
     with pytest.raises(BadInput, match="TURBO_LAB_PROGRESS"), progress.library_bars():
         pass
+
+
+def test_a_log_tells_the_time_left_by_the_pace_since_its_last_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A resumed training: 900 of 1,000 were there, and a step takes a second."""
+    clock = iter([0.0, 10.0, 20.0, 30.0])
+    monkeypatch.setenv(progress.VARIABLE, "log")
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.progress(1000, "training") as tick:
+        for done in (910, 920, 930):
+            tick(done, "")
+    lines = capsys.readouterr().err.splitlines()
+    assert "(80 s left)" in lines[1] and "(70 s left)" in lines[2]

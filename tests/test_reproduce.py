@@ -103,4 +103,5 @@ def test_only_profiles_that_train_are_taken_and_the_variable_is_checked(
 
 
 def test_the_hours_are_those_of_the_cards() -> None:
-    assert 1 < reproduce.core_hours() < 1000
+    whole, students = reproduce.core_hours(), reproduce.core_hours(["postcards/teacher"])
+    assert 1 < students < whole < 1000

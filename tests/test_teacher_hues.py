@@ -1,4 +1,4 @@
-"""The exact posterior of a garment's colour, against what it must be at both ends and in a bin."""
+"""The exact posterior of a garment's colour, against what it must be at the ends and on average."""
 
 from __future__ import annotations
 

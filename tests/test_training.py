@@ -58,6 +58,8 @@ def test_recipes_are_named_checked_and_keyed_by_everything_they_say() -> None:
             recipes.resolve(**wrong)  # type: ignore[arg-type]
     with pytest.raises((ValueError, BadInput), match="method"):
         recipes.Stage(method="magic", steps=1, rates={})
+    with pytest.raises((ValueError, BadInput), match=r"busts=0\.7"):
+        recipes.Stage(method="flow", steps=1, rates={}, posters=0.5, busts=0.7)
 
 
 def test_a_stopped_training_continues_and_ends_as_an_unstopped_one(

@@ -298,8 +298,8 @@ def reproduce(
     """Train everything from nothing, run the notebooks on it, and say which claims changed."""
     from turbo_lab import reproduce as again
 
-    hours = again.core_hours()
-    typer.echo(f"What is shipped took {hours:.1f} hours of one core; a killed run goes on.")
+    hours = again.core_hours(keep or [])
+    typer.echo(f"What is not kept took {hours:.1f} hours of one core; a killed run goes on.")
     outcomes, found = again.reproduce(
         profile=profile, only=only or [], keep=keep or [], jobs=jobs, device=device
     )

@@ -22,8 +22,11 @@ def bfloat16(device: torch.device) -> Iterator[None]:
     """Autocast to bfloat16; on a CPU attention alone stays in float32.
 
     Weights, optimisers and averages are not touched. On processors with AMX a step of the
-    miniature takes 0.63 of its time in float32; torch's own gradient of attention in bfloat16
-    is ten times as slow as in float32 there, and would cost all of that again.
+    miniature is shorter so; with torch's own gradient of attention in bfloat16 it would be longer
+    (LOG.md, 2026-11-28).
+
+    Args:
+        device: where the tensors of the block are.
     """
     attention = _FloatAttention() if device.type == "cpu" else nullcontext()
     with torch.autocast(device.type, torch.bfloat16), attention:

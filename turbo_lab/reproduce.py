@@ -3,7 +3,7 @@
 Notebooks ask the store for what they need, and it trains what it has not got. So here they run
 with an empty store behind which nothing is shipped. A run that was killed goes on where its
 checkpoints end; one that has ended begins from nothing the next time. What takes longest can be
-kept as it was shipped: its teachers, to train the students of one notebook again in an hour or two.
+kept as it was shipped: the teachers, so that students alone are trained again.
 """
 
 from __future__ import annotations
@@ -99,16 +99,17 @@ def reproduce(
 
 
 def _shipped(names: Sequence[str]) -> Iterator[Path]:
-    """Folders of the shipped artefacts of some recipes."""
-    store = Store.default()
-    found = {entry.name for entry in store.entries() if entry.root == "shipped"}
+    """Folders of the shipped artefacts of some names."""
     for name in names:
-        if name not in found:
-            raise BadInput("keep", name, f"what is shipped is {', '.join(sorted(found))}")
-    for entry in store.entries():
-        if entry.root == "shipped" and entry.name in names:
-            (root,) = store.shipped
-            yield root / f"{entry.name}-{entry.key}"
+        found = [
+            root / f"{entry.name}-{entry.key}"
+            for root in Store.default().shipped
+            for entry in Store(cache=root).entries()
+            if entry.name == name
+        ]
+        if not found:
+            raise BadInput("keep", name, "use what turbo-lab artifacts lists as shipped")
+        yield from found
 
 
 def changes(
@@ -129,10 +130,21 @@ def changes(
     return sorted(found, key=lambda one: one.same)
 
 
-def core_hours() -> float:
-    """Hours of one core that the shipped trainings took: the least that a run will take."""
-    entries = [entry for root in Store.default().shipped for entry in root.glob("*/*/card.json")]
-    return sum(json.loads(card.read_text())["seconds"] for card in entries) / 3600
+def core_hours(keep: Sequence[str] = ()) -> float:
+    """Hours of one core that the shipped trainings took, less what is kept: the least of a run.
+
+    Args:
+        keep: names of artefacts, ``testbed/recipe``.
+
+    Raises:
+        BadInput: nothing of such a name is shipped.
+    """
+    kept = set(_shipped(keep))
+    folders = {
+        card.parent for root in Store.default().shipped for card in root.glob("*/*/card.json")
+    }
+    seconds = (json.loads((f / "card.json").read_text())["seconds"] for f in folders - kept)
+    return sum(seconds) / 3600
 
 
 def report(found: Sequence[Change]) -> str:

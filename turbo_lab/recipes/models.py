@@ -164,8 +164,9 @@ class Stage(_Frozen):
     postcards by the teacher's samples. A fake score starts as the plain teacher, or, by
     ``rivals_from``, as the student of the stage before ("before") or as its fake score ("fake"). A
     critic that the options ask for is a small network of its own, or, with ``taps``, heads on all
-    blocks of the plain teacher. ``precision`` "bf16" multiplies matrices in bfloat16, see
-    `turbo_lab.precision`.
+    blocks of the plain teacher. ``posters`` and ``busts`` are shares of practice pictures, see
+    `turbo_lab.testbeds.postcards.train_batch`; ``precision`` "bf16" multiplies matrices in
+    bfloat16, see `turbo_lab.precision`.
     ``gan`` adds a GAN term, whose pairs are its own. What is None is left out of the key, and of a
     training: there is no reason to write "teacher" on postcards.
     """
@@ -187,6 +188,12 @@ class Stage(_Frozen):
     gan: Gan | None = None
     taps: Literal["teacher"] | None = None
     precision: Literal["bf16"] | None = None
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> Stage:
+        if self.busts is not None and self.posters + self.busts > 1:
+            raise BadInput("busts", self.busts, f"use at most {1 - self.posters:g} beside posters")
+        return self
 
     @field_validator("method")
     @classmethod

@@ -29,9 +29,9 @@ from turbo_lab.streams import Draw, noise, seed_for
 PATCH = 2  # of the pixel-unshuffle and of Qwen's packing: a token is a 4x4 pixel patch
 LATENT_CHANNELS = 3 * PATCH**2
 LATENT_SIZE = SIZE // PATCH
+LATENT_SHAPE = (LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
 BUSTS_FROM = 40
 """Figures of busts are scenes from 2^40 on: no training sees as many postcards."""
-LATENT_SHAPE = (LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
 
 
 class NetSize(BaseModel):
