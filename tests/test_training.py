@@ -393,7 +393,7 @@ def test_the_teacher_goes_on_from_the_early_ones_stages(tmp_path: Path) -> None:
     store = Store(cache=tmp_path)
     training.trained(early, store=store)
     artefact = training.trained(whole, store=store)
-    assert len(list(store.entries())) == len(whole.stages) == len(early.stages) + 6
+    assert len(list(store.entries())) == len(whole.stages) == len(early.stages) + 8
     assert training.replay(whole, artefact, store) == training.recorded(artefact)
 
 

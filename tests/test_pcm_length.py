@@ -1,0 +1,57 @@
+"""How far phased consistency alone comes, and which of its phases loses the signs."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+from turbo_lab.field import Condition
+from turbo_lab.lab import open_lab
+from turbo_lab.recipes import EARLY
+from turbo_lab.recipes.distribution import CALLS, SECOND
+from turbo_lab.recipes.warm import pcm
+from turbo_lab.stages import check_stages
+from turbo_lab.studies import pcm_length
+
+
+def test_a_longer_student_is_that_of_the_notebook_but_for_length_rank_and_rates() -> None:
+    long, short = pcm_length.longer(4 * CALLS["quick"], rank=32), pcm("quick", 0)
+    assert long.teacher == short.teacher and long.times == short.times
+    (now,), (then,) = long.stages, short.stages
+    assert now.options == then.options and now.steps == pytest.approx(4 * then.steps, abs=4)
+    assert long.adapter is not None and (long.adapter.rank, long.adapter.alpha) == (32, 32)
+
+
+def test_a_critic_is_paid_from_the_same_calls() -> None:
+    plain = pcm_length.longer(100_000, rank=8)
+    judged = pcm_length.longer(100_000, rank=8, adversarial=0.1)
+    check_stages(judged)
+    assert judged.stages[0].steps * 15 == pytest.approx(plain.stages[0].steps * 6, rel=0.02)
+    assert set(judged.stages[0].rates) == {"student", "critic"}
+
+
+def _ends(x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
+    """Straight to zero: x = z t, the exact path of postcards that are all grey."""
+    del c
+    return x_t / t.view(-1, 1, 1, 1)
+
+
+def test_on_a_straight_path_it_does_not_matter_where_it_is_cut() -> None:
+    z = torch.randn(5, 12, 16, 16, generator=torch.Generator().manual_seed(0))
+    tokens = torch.zeros(5, 5, dtype=torch.long)
+    half = pcm_length.walked(_ends, torch.tensor([1.0, SECOND]), z, tokens, batch=2)
+    assert torch.allclose(half, SECOND * z, atol=1e-6)
+    done = pcm_length.walked(_ends, torch.tensor([SECOND, 0.3, 0.0]), half, tokens, batch=3)
+    assert torch.allclose(done, torch.zeros_like(z), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_only_who_walks_a_phase_decides_what_it_loses() -> None:
+    """The plain teacher by one step loses most by the phase that starts at pure noise."""
+    lab = open_lab(device="cpu", teacher=EARLY)
+    found = pcm_length.by_phase(lab, lab.testbed.net, captions=48, steps=8)
+    assert isinstance(found, pd.DataFrame) and list(found.index.names) == ["to the edge", "from it"]
+    bodies = found["whole_body"]
+    assert bodies["teacher", "teacher"] > bodies["student", "student"]

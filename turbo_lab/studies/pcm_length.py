@@ -1,0 +1,125 @@
+"""How far phased consistency alone comes at two steps, and which of its phases loses the signs.
+
+``python -m turbo_lab.studies.pcm_length`` prints it for the shipped student; with ``--calls 560000
+--rank 32`` one is trained by so many network calls first, in an adapter of that rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from turbo_lab.adapters import AdapterSize
+from turbo_lab.field import Field, frozen, guided
+from turbo_lab.lab import Lab, open_lab
+from turbo_lab.methods import Consistency
+from turbo_lab.recipes import EARLY, GUIDANCE, Profile, Recipe
+from turbo_lab.recipes.distribution import CALLS, SECOND
+from turbo_lab.recipes.models import Rates
+from turbo_lab.recipes.trajectory import student
+from turbo_lab.recipes.warm import GRID_STEPS, Start, pcm, warm_stage
+from turbo_lab.sample import final, sample
+from turbo_lab.streams import noise
+from turbo_lab.studies.every_metric import find, reference
+
+LOOKED_AT = ("sign_read", "ghost_signs", "sign_lost", "whole_body", "hue_kl", "moss_patches")
+CRITIC_CALLS = 9
+"""More network calls per sample where a critic looks, through blocks of the plain teacher: its own
+turn makes both predictions without a gradient (4) and sees them (2), and the student's sees one
+with a gradient (3)."""
+
+
+def longer(
+    calls: float,
+    *,
+    rank: int,
+    rate: float = 1e-3,
+    adversarial: float = 0.0,
+    profile: Profile = "quick",
+    seed: int = 0,
+) -> Recipe:
+    """The PCM student of notebook 04 by other calls, in an adapter of another size.
+
+    Args:
+        calls: network calls of the whole training.
+        rank: of the adapter, and its alpha.
+        rate: learning rate, which falls to 2% of itself.
+        adversarial: weight of the term by which a critic on the teacher's blocks is to be fooled;
+            0 for none.
+        profile: whose batch it has.
+        seed: of the training.
+    """
+    stage = warm_stage(profile, Start(title="PCM", share=calls / CALLS[profile]))
+    steps = stage.steps
+    changed: dict[str, object] = {"precision": "bf16"}
+    if adversarial:
+        steps = max(2, steps * 6 // (6 + CRITIC_CALLS))
+        changed["options"] = {**stage.options, "adversarial_weight": adversarial}
+        changed["taps"] = "teacher"
+    one = Rates(lr=rate, warmup=min(100, steps), final=0.02)
+    rates = {"student": one, **({"critic": one} if adversarial else {})}
+    stage = stage.model_copy(update={**changed, "steps": steps, "rates": rates})
+    size = AdapterSize(rank=rank, alpha=rank)
+    return student("pcm-longer", seed, (stage,), adapter=size)
+
+
+@torch.no_grad()
+def walked(field: Field, grid: Tensor, x: Tensor, tokens: Tensor, *, batch: int = 64) -> Tensor:
+    """Euler steps down a grid ``[n + 1]`` from x ``[B, ...]`` at its first time to its last."""
+    rows = zip(x.split(batch), tokens.split(batch), strict=True)
+    return torch.cat([final(sample(field, grid, a, c)) for a, c in rows])
+
+
+def by_phase(
+    lab: Lab, pupil: Field, *, captions: int, edge: float = SECOND, steps: int = GRID_STEPS
+) -> pd.DataFrame:
+    """Measure pictures whose two phases are walked by the student or by its teacher.
+
+    Args:
+        lab: of the teacher.
+        pupil: the student, one step per phase.
+        captions: of the stream ``select``.
+        edge: time between the phases.
+        steps: of the guided teacher's grid from 1 to 0.
+
+    Returns:
+        One row for each who walks the first phase and the second.
+    """
+    scenes, null = lab.testbed.prompts(captions, "select"), lab.testbed.null
+    guide = guided(frozen(lab.testbed.net), null, GUIDANCE)
+    grid = Consistency(student=pupil, teacher=guide, grid_steps=steps, edges=(edge,)).grid  # type: ignore[arg-type]
+    middle = int((grid - edge).abs().argmin())
+    first: Mapping[str, tuple[Field, Tensor]] = {
+        "teacher": (guide, grid[: middle + 1]),
+        "student": (pupil, torch.tensor([1.0, edge])),
+    }
+    second = {"teacher": (guide, grid[middle:]), "student": (pupil, torch.tensor([edge, 0.0]))}
+    z = noise(lab.testbed.shape, seed=0, stream="z", indices=range(captions))
+    rows, real = {}, reference(1024)
+    for before, (one, down) in first.items():
+        at_edge = walked(one, down, z, scenes.tokens)
+        for after, (other, on) in second.items():
+            images = lab.testbed.decode(walked(other, on, at_edge, scenes.tokens))
+            rows[before, after] = find(images, scenes, real).all_values(LOOKED_AT)
+    return pd.DataFrame(rows).T.rename_axis(["to the edge", "from it"])
+
+
+if __name__ == "__main__":
+    asked = argparse.ArgumentParser(description=__doc__)
+    asked.add_argument("--calls", type=float, help="network calls of a student of its own")
+    asked.add_argument("--rank", type=int, default=32, help="of its adapter")
+    asked.add_argument("--rate", type=float, default=1e-3, help="its learning rate")
+    asked.add_argument("--adversarial", type=float, default=0.0, help="weight of a critic's term")
+    asked.add_argument("--seed", type=int, default=0, help="of the training")
+    asked.add_argument("--captions", type=int, default=512, help="of select that are sampled")
+    given = vars(asked.parse_args())
+    captions, seed = given.pop("captions"), given["seed"]
+    recipe = longer(**given) if given["calls"] else pcm("quick", seed)
+    bench = open_lab(device="cpu", teacher=EARLY)
+    assert recipe.adapter is not None
+    pupil = bench.dressed(recipe.adapter, bench.trained(recipe))
+    print(by_phase(bench, pupil, captions=captions).round(4).to_string())
