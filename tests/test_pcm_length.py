@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pandas as pd
 import pytest
 import torch
 from torch import Tensor
 
+from turbo_lab.errors import BadInput
 from turbo_lab.field import Condition
 from turbo_lab.lab import open_lab
 from turbo_lab.recipes import EARLY
@@ -32,6 +32,12 @@ def test_a_critic_is_paid_from_the_same_calls() -> None:
     assert set(judged.stages[0].rates) == {"student", "critic"}
 
 
+@pytest.mark.parametrize("calls", [0, -5.0, float("inf")])
+def test_calls_that_are_none_are_refused(calls: float) -> None:
+    with pytest.raises(BadInput, match="calls="):
+        pcm_length.longer(calls, rank=8)
+
+
 def _ends(x_t: Tensor, t: Tensor, c: Condition) -> Tensor:
     """Straight to zero: x = z t, the exact path of postcards that are all grey."""
     del c
@@ -48,10 +54,11 @@ def test_on_a_straight_path_it_does_not_matter_where_it_is_cut() -> None:
 
 
 @pytest.mark.slow
-def test_only_who_walks_a_phase_decides_what_it_loses() -> None:
-    """The plain teacher by one step loses most by the phase that starts at pure noise."""
+def test_bodies_are_lost_by_who_takes_the_last_phase_in_one_step() -> None:
+    """The plain teacher has learnt no jump; small steps mend a bad first one, nothing a last."""
     lab = open_lab(device="cpu", teacher=EARLY)
     found = pcm_length.by_phase(lab, lab.testbed.net, captions=48, steps=8)
-    assert isinstance(found, pd.DataFrame) and list(found.index.names) == ["to the edge", "from it"]
     bodies = found["whole_body"]
-    assert bodies["teacher", "teacher"] > bodies["student", "student"]
+    mended = min(bodies["teacher", "teacher"], bodies["student", "teacher"])
+    assert mended > bodies["teacher", "student"] + 0.3
+    assert bodies["teacher", "student"] > bodies["student", "student"]

@@ -41,15 +41,15 @@ def teacher(profile: Profile, seed: int) -> Recipe:
 
     mixed, last, busts, plain, more_busts, more_plain = budget
     one_round = (stage(mixed, 0.3, posters=0.5), stage(last, 0.01))
-    third: dict[str, Any] = {
+    late: dict[str, Any] = {
         "options": {"drop": 0.1, "shift": 2.2, "time_std": 1.2},
         "precision": "bf16",
     }
     with_busts = (
-        stage(busts, 0.3, posters=1 / 3, busts=1 / 3, **third),
-        stage(plain, 0.01, **third),
-        stage(more_busts, 0.3, posters=1 / 4, busts=1 / 4, **third),
-        stage(more_plain, 0.01, **third),
+        stage(busts, 0.3, posters=1 / 3, busts=1 / 3, **late),
+        stage(plain, 0.01, **late),
+        stage(more_busts, 0.3, posters=1 / 4, busts=1 / 4, **late),
+        stage(more_plain, 0.01, **late),
     )
     stages = (*before.stages, *one_round, *one_round, *with_busts)
     return before.model_copy(update={"stages": stages})

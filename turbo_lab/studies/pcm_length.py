@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
 
 import pandas as pd
@@ -14,14 +15,15 @@ import torch
 from torch import Tensor
 
 from turbo_lab.adapters import AdapterSize
+from turbo_lab.errors import BadInput
 from turbo_lab.field import Field, frozen, guided
 from turbo_lab.lab import Lab, open_lab
 from turbo_lab.methods import Consistency
 from turbo_lab.recipes import EARLY, GUIDANCE, Profile, Recipe
-from turbo_lab.recipes.distribution import CALLS, SECOND
+from turbo_lab.recipes.distribution import SECOND
 from turbo_lab.recipes.models import Rates
 from turbo_lab.recipes.trajectory import student
-from turbo_lab.recipes.warm import GRID_STEPS, Start, pcm, warm_stage
+from turbo_lab.recipes.warm import GRID_STEPS, PER_SAMPLE, Start, pcm, warm_stage
 from turbo_lab.sample import final, sample
 from turbo_lab.streams import noise
 from turbo_lab.studies.every_metric import find, reference
@@ -45,19 +47,24 @@ def longer(
     """The PCM student of notebook 04 by other calls, in an adapter of another size.
 
     Args:
-        calls: network calls of the whole training.
+        calls: network calls of the whole training, above 0.
         rank: of the adapter, and its alpha.
         rate: learning rate, which falls to 2% of itself.
         adversarial: weight of the term by which a critic on the teacher's blocks is to be fooled;
             0 for none.
         profile: whose batch it has.
         seed: of the training.
+
+    Raises:
+        BadInput: calls that are none, or a rate or a rank out of range.
     """
-    stage = warm_stage(profile, Start(title="PCM", share=calls / CALLS[profile]))
-    steps = stage.steps
+    if not 0 < calls < math.inf:
+        raise BadInput("calls", calls, "use a finite number above 0")
+    stage = warm_stage(profile, Start(title="PCM", share=1.0))
+    per_sample = PER_SAMPLE["consistency"] + (CRITIC_CALLS if adversarial else 0)
+    steps = max(2, int(calls / (per_sample * stage.batch_size)))
     changed: dict[str, object] = {"precision": "bf16"}
     if adversarial:
-        steps = max(2, steps * 6 // (6 + CRITIC_CALLS))
         changed["options"] = {**stage.options, "adversarial_weight": adversarial}
         changed["taps"] = "teacher"
     one = Rates(lr=rate, warmup=min(100, steps), final=0.02)
@@ -81,13 +88,14 @@ def by_phase(
 
     Args:
         lab: of the teacher.
-        pupil: the student, one step per phase.
+        pupil: the student, a velocity field on ``[B, 12, 16, 16]``, one step per phase.
         captions: of the stream ``select``.
         edge: time between the phases.
         steps: of the guided teacher's grid from 1 to 0.
 
     Returns:
-        One row for each who walks the first phase and the second.
+        One row for each who walks the first phase and the second; columns and their units are
+        those of `turbo_lab.studies.every_metric.METRICS`.
     """
     scenes, null = lab.testbed.prompts(captions, "select"), lab.testbed.null
     guide = guided(frozen(lab.testbed.net), null, GUIDANCE)
@@ -118,7 +126,7 @@ if __name__ == "__main__":
     asked.add_argument("--captions", type=int, default=512, help="of select that are sampled")
     given = vars(asked.parse_args())
     captions, seed = given.pop("captions"), given["seed"]
-    recipe = longer(**given) if given["calls"] else pcm("quick", seed)
+    recipe = pcm("quick", seed) if given["calls"] is None else longer(**given)
     bench = open_lab(device="cpu", teacher=EARLY)
     assert recipe.adapter is not None
     pupil = bench.dressed(recipe.adapter, bench.trained(recipe))
