@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from turbo_lab.errors import BadInput
 from turbo_lab.field import counted, guided
 from turbo_lab.measure.palette import hue_mode, hue_shares, hue_truth
 from turbo_lab.measure.views import hue_degrees
@@ -21,6 +22,7 @@ from turbo_lab.testbeds.postcards import (
     Postcards,
     decode,
     encode,
+    grown,
     pack,
     spawn_net,
     train_batch,
@@ -157,6 +159,26 @@ def test_a_network_comes_from_its_seed_and_a_spawn_is_a_copy() -> None:
     with torch.no_grad():
         student.captions.weight.add_(1)
     assert torch.equal(a.captions.weight, b.captions.weight)
+
+
+@pytest.mark.parametrize("layers", [2, 3, 4, 7])
+def test_a_grown_network_computes_the_same_and_all_of_its_blocks_learn(
+    net: PostcardNet, layers: int
+) -> None:
+    larger = spawn_net(TINY.model_copy(update={"layers": layers}), 1)
+    larger.load_state_dict(grown(net.state_dict(), layers))
+    x = noise(LATENT_SHAPE, seed=0, stream="x", indices=range(2))
+    t, c = torch.tensor([0.2, 0.9]), draw_scenes("eval", range(2)).tokens
+    torch.testing.assert_close(larger(x, t, c), net(x, t, c), rtol=0, atol=0)
+    larger(x, t, c).square().sum().backward()
+    blocks = larger.transformer.transformer_blocks
+    assert len(blocks) == layers
+    assert all(block.img_mod[1].weight.grad.abs().sum() > 0 for block in blocks)
+
+
+def test_a_network_does_not_shrink(net: PostcardNet) -> None:
+    with pytest.raises(BadInput, match="layers=1 is not allowed: use at least 2"):
+        grown(net.state_dict(), 1)
 
 
 def test_sizes_are_checked() -> None:

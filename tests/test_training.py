@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from turbo_lab import recipes, training
 from turbo_lab.adapters import AdapterSize
@@ -393,8 +394,29 @@ def test_the_teacher_goes_on_from_the_early_ones_stages(tmp_path: Path) -> None:
     store = Store(cache=tmp_path)
     training.trained(early, store=store)
     artefact = training.trained(whole, store=store)
-    assert len(list(store.entries())) == len(whole.stages) == len(early.stages) + 8
+    assert len(list(store.entries())) == len(whole.stages) == len(early.stages) + 10
+    blocks = training.load_net(whole, artefact).transformer.transformer_blocks
+    assert (early.size.layers, whole.size.layers, len(blocks)) == (1, 6, 6)
     assert training.replay(whole, artefact, store) == training.recorded(artefact)
+
+
+@pytest.mark.parametrize("asked", [[4], [3], [6, 6], [6, 5]])
+def test_a_network_that_would_not_grow_is_refused(asked: list[int]) -> None:
+    whole = recipes.resolve("teacher", profile="smoke").model_dump()
+    whole["stages"] = [{**whole["stages"][0], "layers": layers} for layers in asked]
+    with pytest.raises(
+        ValidationError, match=f"layers={asked[-1]} is not allowed: a network grows"
+    ):
+        Recipe.model_validate(whole)
+
+
+def test_an_adapter_does_not_grow() -> None:
+    student = recipes.resolve("dmd2-4", profile="smoke").model_dump()
+    student["stages"][0]["layers"] = 6
+    with pytest.raises(
+        ValidationError, match="layers=6 is not allowed: an adapter keeps its network"
+    ):
+        Recipe.model_validate(student)
 
 
 def test_trajectory_methods_have_the_same_network_calls_to_spend() -> None:

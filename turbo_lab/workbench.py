@@ -41,6 +41,7 @@ from turbo_lab.testbeds.postcards import (
     LATENT_CHANNELS,
     PairSource,
     PostcardNet,
+    grown,
     pair_batch,
     spawn_net,
     train_batch,
@@ -113,7 +114,7 @@ def workbench(
 
 def load_net(recipe: Recipe, artefact: Artefact) -> PostcardNet:
     """Build the network of a recipe with the weights of an artefact, frozen, in eval mode."""
-    net = spawn_net(recipe.net, recipe.seed)
+    net = spawn_net(recipe.size, recipe.seed)
     net.load_state_dict(floats(artefact.tensors()))
     return net.eval().requires_grad_(False)
 
@@ -124,10 +125,10 @@ def floats(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _net_bench(recipe: Recipe, device: str, weights: Mapping[str, Tensor] | None) -> Workbench:
-    """A whole network learns: from its seed, or from weights."""
-    net = spawn_net(recipe.net, recipe.seed)
+    """A whole network learns: from its seed, or from weights, of fewer blocks if it is to grow."""
+    net = spawn_net(recipe.size, recipe.seed)
     if weights is not None:
-        net.load_state_dict(weights)
+        net.load_state_dict(grown(weights, recipe.size.layers))
     net = net.to(device).train()
     average = copy.deepcopy(net).requires_grad_(False)
     pieces = {"student": net, "null": null_tokens(1)}

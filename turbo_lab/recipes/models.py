@@ -166,7 +166,8 @@ class Stage(_Frozen):
     critic that the options ask for is a small network of its own, or, with ``taps``, heads on all
     blocks of the plain teacher. ``posters`` and ``busts`` are shares of practice pictures, see
     `turbo_lab.testbeds.postcards.train_batch`; ``precision`` "bf16" multiplies matrices in
-    bfloat16, see `turbo_lab.precision`.
+    bfloat16, see `turbo_lab.precision`. A whole network has ``layers`` blocks from this stage on,
+    where it had fewer: see `turbo_lab.testbeds.postcards.grown`.
     ``gan`` adds a GAN term, whose pairs are its own. What is None is left out of the key, and of a
     training: there is no reason to write "teacher" on postcards.
     """
@@ -188,6 +189,7 @@ class Stage(_Frozen):
     gan: Gan | None = None
     taps: Literal["teacher"] | None = None
     precision: Literal["bf16"] | None = None
+    layers: int | None = Field(None, ge=2, le=60)
 
     @model_validator(mode="after")
     def _shares_fit(self) -> Stage:
@@ -229,6 +231,23 @@ class Recipe(_Frozen):
         if self.teacher is None or not same:
             raise BadInput("start", self.start.name, "use a student of this teacher and size")
         return self
+
+    @model_validator(mode="after")
+    def _grows(self) -> Recipe:
+        layers = self.net.layers
+        for asked in (stage.layers for stage in self.stages if stage.layers is not None):
+            if self.teacher is not None:
+                raise BadInput("layers", asked, "an adapter keeps its network; leave it out")
+            if asked <= layers:
+                raise BadInput("layers", asked, f"a network grows; use more than {layers}")
+            layers = asked
+        return self
+
+    @property
+    def size(self) -> NetSize:
+        """Of the network after the last stage."""
+        asked = [stage.layers for stage in self.stages if stage.layers is not None]
+        return self.net.model_copy(update={"layers": asked[-1]}) if asked else self.net
 
     @property
     def artefact(self) -> str:

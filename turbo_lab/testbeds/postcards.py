@@ -7,7 +7,7 @@ the network is the stock ``QwenImageTransformer2DModel`` of diffusers, only smal
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from itertools import product
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from pydantic import Field as Bound
 from torch import Tensor, nn
 
+from turbo_lab.errors import BadInput
 from turbo_lab.field import Field, frozen, guided
 from turbo_lab.fit import Batch
 from turbo_lab.path import time_grid
@@ -30,6 +31,7 @@ PATCH = 2  # of the pixel-unshuffle and of Qwen's packing: a token is a 4x4 pixe
 LATENT_CHANNELS = 3 * PATCH**2
 LATENT_SIZE = SIZE // PATCH
 LATENT_SHAPE = (LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
+BLOCKS = "transformer.transformer_blocks."
 BUSTS_FROM = 40
 """Figures of busts are scenes from 2^40 on: no training sees as many postcards."""
 
@@ -114,6 +116,46 @@ def spawn_net(size: NetSize, seed: int) -> PostcardNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, "init"))
         return PostcardNet(size)
+
+
+def grown(weights: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """Weights of a network of more blocks that computes the same.
+
+    The new blocks are spread evenly between the old ones. Each is a copy of the one before it, but
+    that its gates are zero: it is the identity, and learns from the first step on, since what is
+    gated is not zero (as in LLaMA Pro, Wu et al. 2024, arXiv 2401.02415, where it is the matrices
+    behind attention and MLP that are zeroed).
+
+    Args:
+        weights: of a `PostcardNet`, all of them.
+        layers: blocks that it is to have; as many as it has changes nothing.
+
+    Raises:
+        BadInput: fewer blocks than it has.
+    """
+    old = len({k.removeprefix(BLOCKS).split(".")[0] for k in weights if k.startswith(BLOCKS)})
+    if layers < old:
+        raise BadInput("layers", layers, f"use at least {old}")
+    out = {k: v for k, v in weights.items() if not k.startswith(BLOCKS)}
+    more, place = layers - old, 0
+    for block in range(old):
+        own = f"{BLOCKS}{block}."
+        parts = {k.removeprefix(own): v for k, v in weights.items() if k.startswith(own)}
+        copies = (block + 1) * more // old - block * more // old
+        for copied in (False, *[True] * copies):
+            new = {k: _ungated(k, v) for k, v in parts.items()} if copied else parts
+            out.update({f"{BLOCKS}{place}.{k}": v for k, v in new.items()})
+            place += 1
+    return out
+
+
+def _ungated(name: str, tensor: Tensor) -> Tensor:
+    """A tensor of a block, with the gates zero if it makes shifts, scales and gates."""
+    if not name.startswith(("img_mod.", "txt_mod.")):
+        return tensor
+    rows = tensor.clone().unflatten(0, (2, 3, -1))  # of attention and of the MLP
+    rows[:, 2] = 0
+    return rows.flatten(0, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
