@@ -66,7 +66,7 @@ BUDGETS: Mapping[str, Budget] = MappingProxyType(
             real=96,
         ),
         "quick": Budget(
-            captions=192,
+            captions=144,
             steps=(1, 2, 4, 8, 10, 20, 40, 50),
             guidance=(PLAIN_GUIDANCE, 2.0, 6.0, STRONG_GUIDANCE),
             guidance_captions=96,
