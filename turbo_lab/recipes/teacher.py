@@ -24,8 +24,8 @@ def teacher(profile: Profile, seed: int) -> Recipe:
     are busts, and a third posters. Its matrices are multiplied in bfloat16, which makes a step
     shorter where processors have AMX. The fourth is another of these, with a longer end. Every
     round ends on postcards alone: after one that ended on a quarter of posters, 13% of pictures had
-    a second sign (LOG.md, 2026-11-29). More of it brought no more signs; so the fifth is for a
-    network grown from four blocks to six.
+    a second sign (LOG.md, 2026-11-29). More rounds for four blocks brought no more signs; the fifth
+    is for a network of six, grown from them.
     """
     budget = {
         "smoke": (4, 4, 4, 4, 4, 4, 4, 4),

@@ -32,6 +32,7 @@ LATENT_CHANNELS = 3 * PATCH**2
 LATENT_SIZE = SIZE // PATCH
 LATENT_SHAPE = (LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
 BLOCKS = "transformer.transformer_blocks."
+"""Names of the weights of the blocks begin so; the number of the block follows."""
 BUSTS_FROM = 40
 """Figures of busts are scenes from 2^40 on: no training sees as many postcards."""
 
@@ -127,8 +128,11 @@ def grown(weights: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
     behind attention and MLP that are zeroed).
 
     Args:
-        weights: of a `PostcardNet`, all of them.
+        weights: of a `PostcardNet`, all of them, by name, of any shapes.
         layers: blocks that it is to have; as many as it has changes nothing.
+
+    Returns:
+        Weights of a `PostcardNet` of so many blocks, by name, of the same shapes.
 
     Raises:
         BadInput: fewer blocks than it has.
