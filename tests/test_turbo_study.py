@@ -21,8 +21,8 @@ from turbo_lab.lab import Lab
 from turbo_lab.postcards import draw_scenes, render
 from turbo_lab.recipes import Recipe, Stage, student_recipe
 from turbo_lab.recipes.adversarial import AGAINST, gan
-from turbo_lab.recipes.distribution import RIVAL_UPDATES, calls_per_round
-from turbo_lab.recipes.turbo import CALLS, LADDER, MAIN, RUNGS, TURBO
+from turbo_lab.recipes.distribution import calls_per_round
+from turbo_lab.recipes.turbo import CALLS, LADDER, LONG, LONGER, MAIN, RANK, RUNGS, TURBO
 from turbo_lab.recipes.warm import STEPS
 from turbo_lab.store import Store
 from turbo_lab.studies import gathered, turbo, turbo_claims, turbo_figures
@@ -57,7 +57,8 @@ def spent(recipe: Recipe) -> float:
 
 def per_sample(stage: Stage) -> float:
     if stage.method == "dmd2":
-        return calls_per_round(STEPS, RIVAL_UPDATES) + (1.5 if stage.gan else 0)
+        updates = int(str(stage.options["rival_updates"]))
+        return calls_per_round(STEPS, updates) + (1.5 if stage.gan else 0)
     if stage.method == "consistency":
         return 6
     substeps = int(stage.options["teacher_steps"]) // int(stage.options["steps"])  # type: ignore[arg-type]
@@ -68,6 +69,22 @@ def per_sample(stage: Stage) -> float:
 def test_every_rung_has_spent_as_many_network_calls(name: str) -> None:
     recipe = student_recipe(name, steps=STEPS)
     assert spent(recipe) == pytest.approx(CALLS["quick"], rel=0.01)
+
+
+def test_the_longer_student_is_turbo_by_more_calls_in_a_larger_adapter() -> None:
+    plain, longer = (student_recipe(name, steps=STEPS) for name in (TURBO, LONG))
+    assert spent(longer) == pytest.approx(LONGER * spent(plain), rel=0.01)
+    assert longer.adapter is not None and longer.adapter.rank == RANK > plain.adapter.rank
+    assert longer.start is not None and plain.start is not None
+    assert longer.start.adapter == longer.adapter and longer.times == plain.times
+    stages = [(*recipe.start.stages, *recipe.stages) for recipe in (plain, longer) if recipe.start]
+    for ours, theirs in zip(*stages, strict=True):
+        changed = {k for k, v in vars(theirs).items() if vars(ours)[k] != v}
+        assert changed <= {"steps", "precision", "options"}
+        kept = {k: v for k, v in theirs.options.items() if k != "rival_updates"}
+        assert kept == {k: v for k, v in ours.options.items() if k != "rival_updates"}
+    with pytest.raises(BadInput, match="steps"):
+        student_recipe(LONG, steps=4)
 
 
 def test_each_rung_below_turbo_lacks_one_thing() -> None:
@@ -87,11 +104,12 @@ def test_each_rung_below_turbo_lacks_one_thing() -> None:
 def test_everyone_is_drawn_for_the_same_captions(ladder: Ladder) -> None:
     assert set(ladder.rungs) == set(turbo.TITLES) - {turbo.REAL}
     trainings = {rung: len(found) for rung, found in ladder.found.items()}
-    assert trainings[TURBO] == trainings[turbo.WARM] == 2 and trainings[turbo.COLD] == 1
+    assert trainings[TURBO] == trainings[turbo.WARM] == 2
+    assert trainings[turbo.COLD] == trainings[LONG] == 1
     assert all(len(f) == BUDGET.captions for found in ladder.found.values() for f in found)
     nfe = {rung: ladder.nfe(rung) for rung in ladder.rungs}
     assert (nfe[turbo.SLOW], nfe[turbo.TEACHER], nfe[turbo.NAIVE]) == (100, 80, 4)
-    assert {nfe[name] for name in LADDER} == {2}
+    assert {nfe[name] for name in (*LADDER, LONG)} == {2}
 
 
 # --- tests and claims ---------------------------------------------------------------------------
@@ -126,6 +144,10 @@ def test_tests_and_claims_name_everyone(ladder: Ladder) -> None:
     assert (tests["holm"] >= tests["p"]).all() and tests["holm"].le(1).all()
     made = {c.id: c for c in turbo_claims.claims(ladder, profile="smoke")}
     assert {f"C7-{k}" for k in ("signs", "bodies", "moss", "fur", "hues", "chroma")} <= set(made)
+    assert made["L-long-signs"].seeds == made["C7-long-signs"].seeds == 1
+    longer = np.mean([f.values["sign_read"].mean() for f in ladder.found[LONG]])
+    teacher = ladder.found[turbo.TEACHER][0].values["sign_read"].mean()
+    assert made["C7-long-signs"].interval.value == pytest.approx(longer - teacher)
     assert made["C7-signs"].seeds == 2 and made["L-warm"].seeds == 1
     assert made["L-gan-fur"].seeds == 2 and made["C7-hues"].threshold == pytest.approx(0.1)
 
@@ -137,13 +159,15 @@ def test_the_teacher_with_its_chroma_moved_is_half_as_far_again(ladder: Ladder) 
     assert scaled.value("chroma_w1", at) == pytest.approx(1.5 * teacher.value("chroma_w1", at))
 
 
-def test_bars_are_of_turbo_and_relative_to_the_teacher(bench: Lab, ladder: Ladder) -> None:
+def test_bars_are_of_the_longer_turbo_and_relative_to_the_teacher(
+    bench: Lab, ladder: Ladder
+) -> None:
     teacher = ladder.plain[turbo.TEACHER][0]
     found = {
-        name: (value, limit) for name, value, _, limit in turbo_claims.bars(bench, teacher, seeds=2)
+        name: (value, limit) for name, value, _, limit in turbo_claims.bars(bench, teacher, seeds=1)
     }
     assert len(found) == 6 and found["turbo.hue_kl"][1] == pytest.approx(0.1)
-    ours = np.mean([f.values["whole_body"].mean() for f in ladder.found[TURBO]])
+    ours = np.mean([f.values["whole_body"].mean() for f in ladder.found[LONG]])
     gap = found["turbo.whole_body_minus_teacher"][0]
     assert gap.value == pytest.approx(
         ours - ladder.found[turbo.TEACHER][0].values["whole_body"].mean()
@@ -168,9 +192,9 @@ def test_a_picture_fails_in_the_way_it_was_broken() -> None:
 def test_tables_and_figures_are_drawn(ladder: Ladder, tmp_path: Path) -> None:
     rows = turbo.table(ladder)
     told = json.loads(turbo.save_headline(ladder, rows, tmp_path).read_text())
-    assert [row["nfe"] for row in told["rows"]] == [None, 80, 4, 2, 2, 2, 2, 2]
+    assert [row["nfe"] for row in told["rows"]] == [None, 80, 4, 2, 2, 2, 2, 2, 2]
     shown = readme.rendered(readme.Headline.model_validate(told))
-    assert shown.count("\n| ") == 1 + 8 and "pictures.png" in shown
+    assert shown.count("\n| ") == 1 + 9 and "pictures.png" in shown
     assert set(turbo.failures(ladder).index) == set(turbo.FAILURES.values())
     assert list(turbo.wide(ladder, rows, "sign_read").index) == list(turbo.TITLES.values())
     frames = turbo_figures.path_frames(
@@ -223,5 +247,5 @@ def test_claims_of_all_notebooks_are_counted_by_part(tmp_path: Path, ladder: Lad
     found = gathered.claims_of(tmp_path)
     counted = gathered.table(found)
     verdicts = list(gathered.VERDICTS)
-    assert counted.loc["C7", verdicts].sum() == sum(c["id"].startswith("C7") for c in found) == 6
+    assert counted.loc["C7", verdicts].sum() == sum(c["id"].startswith("C7") for c in found) == 12
     assert counted.loc["C1", verdicts].sum() == 0 and counted.loc["C7", "notebook"] == "06"

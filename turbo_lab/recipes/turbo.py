@@ -12,11 +12,13 @@ from functools import partial
 from types import MappingProxyType
 from typing import Literal
 
+from turbo_lab.adapters import AdapterSize
 from turbo_lab.errors import BadInput
 from turbo_lab.recipes import distribution
 from turbo_lab.recipes.adversarial import AGAINST, CONTROL, MAIN, START, TURBO, Against, going_on
 from turbo_lab.recipes.adversarial import CALLS as LATER_CALLS
-from turbo_lab.recipes.models import Family, Profile, Recipe
+from turbo_lab.recipes.distribution import RIVAL_UPDATES, calls_per_round
+from turbo_lab.recipes.models import Family, Profile, Recipe, Stage
 from turbo_lab.recipes.trajectory import consistency, progressive
 from turbo_lab.recipes.warm import STARTS, STEPS, warm
 
@@ -27,6 +29,11 @@ CALLS: Mapping[Profile, int] = {
 SECOND = STARTS[START].second
 """Time at which the second step starts."""
 CHAIN = (16, 8, 4, 2)
+LONG = "turbo-long"
+LONGER = 3
+"""Network calls of each stage of `LONG`, over those of `turbo`."""
+RANK = 32
+"""Of its adapter; the others have 8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +85,37 @@ def turbo(profile: Profile, seed: int, *, name: str = TURBO) -> Recipe:
     return going_on(start, profile, name=name, term=term)
 
 
+def longer(profile: Profile, seed: int) -> Recipe:
+    """The whole recipe by `LONGER` times the calls in each of its stages, in a larger adapter.
+
+    Every update of the student is followed by one of the fake, and not by two: what brought most
+    to the 4-step student of `turbo_lab.recipes.distribution.LONGER`.
+
+    Args:
+        profile: smoke, quick or paper.
+        seed: of the training.
+    """
+    whole = turbo(profile, seed)
+    assert whole.start is not None
+    size = {"adapter": AdapterSize(rank=RANK, alpha=RANK)}
+    stages = tuple(_longer(stage) for stage in whole.start.stages)
+    start = whole.start.model_copy(update={"name": f"{LONG}-start", "stages": stages, **size})
+    last = {"stages": (_longer(whole.stages[-1]),), "start": start}
+    return whole.model_copy(update={"name": LONG, **last, **size})
+
+
+def _longer(stage: Stage) -> Stage:
+    """A stage of `turbo` by more calls, with one update of the fake for each of the student."""
+    changed: dict[str, object] = {"precision": "bf16"}
+    rounds: float = LONGER * stage.steps
+    if stage.method == "dmd2":
+        seen = 0 if stage.gan is None else (STEPS + 1) / 2
+        before, after = (calls_per_round(STEPS, n) + seen for n in (RIVAL_UPDATES, 1))
+        rounds *= before / after
+        changed["options"] = {**stage.options, "rival_updates": 1}
+    return stage.model_copy(update={**changed, "steps": max(2, int(rounds))})
+
+
 _chain = partial(progressive, chain=CHAIN, calls=CALLS, name="progressive-more")
 _consistent = partial(consistency, calls=CALLS, name="consistency-more")
 
@@ -99,6 +137,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             name: Family(title=rung.title.strip(), eta=0.0, recipe=_two(partial(turbo, name=name)))
             for name, rung in RUNGS.items()
         },
+        LONG: Family(title="turbo, trained longer", eta=0.0, recipe=_two(longer)),
     }
 )
 LADDER = (
@@ -114,6 +153,7 @@ RECIPES: Mapping[str, Callable[[Profile, int], Recipe]] = MappingProxyType(
     {
         "progressive-more": _chain,
         "consistency-more": _consistent,
+        LONG: longer,
         **{name: partial(turbo, name=name) for name in RUNGS},
     }
 )

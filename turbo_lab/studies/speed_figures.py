@@ -22,7 +22,7 @@ def ratio_figure(speed: Speed) -> Figure:
     """
     rows = table(speed)
     with style():
-        figure = Figure(figsize=(6.8, 3.8), layout="constrained")
+        figure = Figure(figsize=(7.4, 3.8), layout="constrained")
         axes = figure.subplots(1, len(SHARES), sharey=True)
         for axis, (steps, asked) in zip(axes, SHARES.items(), strict=True):
             axis.axhline(speed.limit(steps), color=SOFT, ls="--", lw=1, label="fewer forwards")

@@ -1,7 +1,8 @@
 """Notebook 06: the whole recipe at two steps, and a ladder of what it is made of.
 
 Everyone is sampled for the same captions from the same noise. A rung is a sampler: the guided
-teacher at 50, 40 and 2 steps, or a family of 2-step students with a training for every seed.
+teacher at 50, 40 and 2 steps, or a family of 2-step students with a training for every seed. The
+students of the ladder spent equally many network calls; one beside it spent more.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from turbo_lab.atomic import atomic_write_text
 from turbo_lab.lab import TEACHER_GUIDANCE, Lab, Samples, Sampling
 from turbo_lab.postcards import Scenes, render
 from turbo_lab.progress import progress
-from turbo_lab.recipes import Profile, student_recipe
+from turbo_lab.recipes import FAMILIES, Profile, student_recipe
 from turbo_lab.recipes.adversarial import CONTROL
-from turbo_lab.recipes.turbo import LADDER, RUNGS, SECOND, TURBO
+from turbo_lab.recipes.turbo import LADDER, LONG, RUNGS, SECOND, TURBO
 from turbo_lab.recipes.warm import STEPS
 from turbo_lab.studies.every_metric import (
     METRICS,
@@ -52,6 +53,7 @@ TITLES = {
     COLD: "DMD2",
     WARM: "PCM, DMD2",
     **{name: rung.title for name, rung in RUNGS.items() if name != COLD},
+    LONG: FAMILIES[LONG].title,
 }
 """Who is compared, from the top of tables and figures to the bottom."""
 ABLATIONS = tuple(name for name in RUNGS if name not in (TURBO, COLD))
@@ -184,7 +186,7 @@ def teachers() -> dict[str, Sampling]:
 def climb(
     lab: Lab, budget: Budget, *, seed: int, profile: Profile = "quick", fresh: bool = False
 ) -> Ladder:
-    """Sample the teacher and every family of the ladder.
+    """Sample the teacher, every family of the ladder, and the student trained longer.
 
     Args:
         lab: with the teacher.
@@ -194,8 +196,9 @@ def climb(
             students (those of ``quick``) serve every profile.
         fresh: train the students again; what they start from is the other notebooks'.
     """
-    seeds = {f: budget.most if f in MANY else budget.seeds for f in LADDER}
-    keys: list[Key] = [(f, STEPS, k) for f in LADDER for k in range(seeds[f])]
+    families = (*LADDER, LONG)
+    seeds = {f: budget.most if f in MANY else budget.seeds for f in families}
+    keys: list[Key] = [(f, STEPS, k) for f in families for k in range(seeds[f])]
     chosen: Profile = profile if fresh else "quick"
     if fresh:
         for family, steps, k in keys:
@@ -298,10 +301,14 @@ COLUMNS = {"sign_read": 2, "whole_body": 2, "hue_kl": 2, "moss_patches": 3, "fur
 """Metrics of the README's table and their digits."""
 
 
+HEADLINE = (REAL, TEACHER, NAIVE, "progressive-more", "consistency-more", COLD, WARM, TURBO, LONG)
+"""Rows of the README's table."""
+
+
 def headline(ladder: Ladder, rows: pd.DataFrame) -> dict[str, Any]:
     """What the README's table is made of: columns, rows and a note."""
     out = []
-    for rung in (REAL, TEACHER, NAIVE, "progressive-more", "consistency-more", COLD, WARM, TURBO):
+    for rung in HEADLINE:
         of = rows[rows["rung"] == rung].set_index("metric")
         values = {m: [float(of.loc[m, k]) for k in ("value", "low", "high")] for m in COLUMNS}
         values = {m: v for m, v in values.items() if np.isfinite(v).all()}
@@ -336,9 +343,9 @@ FAILURES = {
 
 
 def failures(ladder: Ladder) -> pd.DataFrame:
-    """How often pictures of turbo and of its teacher fail, and how: shares of all pictures."""
+    """How often pictures of turbo, short or long, and of their teacher fail: shares of all."""
     out = {}
-    for rung in (TURBO, TEACHER):
+    for rung in (TURBO, LONG, TEACHER):
         of = ladder.found[rung]
         out[TITLES[rung]] = {
             title: float(np.mean([failed(found, kind).mean() for found in of]))

@@ -13,7 +13,7 @@ import pandas as pd
 from turbo_lab.lab import Lab, open_lab
 from turbo_lab.recipes import EARLY, FAMILIES
 from turbo_lab.recipes.adversarial import AGAINST, CONTROL, TURBO
-from turbo_lab.recipes.turbo import RUNGS
+from turbo_lab.recipes.turbo import LONG, RUNGS
 from turbo_lab.recipes.warm import STARTS, STEPS
 from turbo_lab.studies.every_metric import find, reference
 
@@ -37,7 +37,9 @@ CANDIDATES = (
 """Students of one seed: second times, warm starts and their lengths, then critics."""
 WEIGHTS = ("dmd2-second-0.5", CONTROL, "turbo-small", "gan-balance-0.5", TURBO)
 """DMD2, then the same warm start with a GAN term of growing weight."""
-WEIGHT_CAPTIONS, WEIGHT_TRAININGS = 1000, 3
+LENGTHS = (TURBO, LONG)
+"""The whole recipe, and the whole recipe trained longer in a larger adapter."""
+MORE_CAPTIONS, MORE_TRAININGS = 1000, 3
 
 
 def looks(
@@ -75,5 +77,6 @@ def looks(
 if __name__ == "__main__":
     bench = open_lab(teacher=EARLY)
     print(looks(bench).round(3).to_string())
-    more = looks(bench, WEIGHTS, captions=WEIGHT_CAPTIONS, trainings=WEIGHT_TRAININGS)
-    print(more.round(3).to_string())
+    for families in (WEIGHTS, LENGTHS):
+        more = looks(bench, families, captions=MORE_CAPTIONS, trainings=MORE_TRAININGS)
+        print(more.round(3).to_string())

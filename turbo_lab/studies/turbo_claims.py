@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from turbo_lab.claims import Claim, Interval, Side
 from turbo_lab.lab import Lab, Samples
-from turbo_lab.recipes.turbo import TURBO
+from turbo_lab.recipes.turbo import LONG, TURBO
 from turbo_lab.recipes.warm import STEPS
 from turbo_lab.studies.distribution import SOURCE
 from turbo_lab.studies.every_metric import METRICS, Found, difference, find, interval, reference
@@ -26,9 +26,12 @@ from turbo_lab.studies.turbo import (
     pairs,
 )
 
+PLAIN = "the 2-step student"
+LONGER = f"{PLAIN}, trained longer in a larger adapter,"
+
 
 def claims(ladder: Ladder, *, profile: str) -> list[Claim]:
-    """C7's quality, and what each ingredient brings, paired by training, caption and noise."""
+    """C7's quality, and what ingredients and length bring, paired by training, caption, noise."""
     common: dict[str, Any] = {
         "notebook": NOTEBOOK,
         "source": SOURCE,
@@ -36,45 +39,46 @@ def claims(ladder: Ladder, *, profile: str) -> list[Claim]:
         "profile": profile,
         "artefact_keys": ladder.keys,
     }
+    made = (
+        *((TURBO, *one) for one in _quality(ladder, TURBO, "C7", PLAIN)),
+        *((LONG, *one) for one in _quality(ladder, LONG, "C7-long", LONGER)),
+        *((TURBO, *one) for one in _ingredients(ladder)),
+        *((LONG, *one) for one in _longer(ladder)),
+    )
     return [
-        Claim(**one, **common, seeds=len(pairs(ladder, TURBO, rival)[0]))
-        for rival, one in (*_quality(ladder), *_ingredients(ladder))
+        Claim(**one, **common, seeds=len(pairs(ladder, who, rival)[0])) for who, rival, one in made
     ]
 
 
-def _gap(ladder: Ladder, metric: str, rival: str) -> Interval:
-    return difference(*pairs(ladder, TURBO, rival), metric)
-
-
-def _quality(ladder: Ladder) -> Iterator[tuple[str, dict[str, Any]]]:
+def _quality(
+    ladder: Ladder, who: str, begun: str, student: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Is a student of 2 NFE near its teacher of 80?"""
     rows: tuple[tuple[str, str, str, Side, float], ...] = (
-        ("C7-signs", "sign_read", "reads as many signs as its teacher, within 3 points",
+        ("signs", "sign_read", "reads as many signs as its teacher, within 3 points",
          "above", -0.03),
-        ("C7-bodies", "whole_body", "has as many whole bodies as its teacher, within 5 points",
+        ("bodies", "whole_body", "has as many whole bodies as its teacher, within 5 points",
          "above", -0.05),
-        ("C7-moss", "moss_patches", "is as near to real moss as its teacher, or nearer",
+        ("moss", "moss_patches", "is as near to real moss as its teacher, or nearer",
          "below", 0.0),
-        ("C7-fur", "fur_patches", "is as near to real fur as its teacher, or nearer",
+        ("fur", "fur_patches", "is as near to real fur as its teacher, or nearer",
          "below", 0.0),
     )  # fmt: skip
     for id_, metric, statement, side, threshold in rows:
         title = f"{METRICS[metric].title}, minus those of the teacher at 40 steps"
-        gap = _gap(ladder, metric, TEACHER)
-        yield (
-            TEACHER,
-            claim_row(id_, f"the 2-step student {statement}", title, gap, side, threshold),
-        )
-    for id_, metric, threshold in (("C7-hues", "hue_kl", 0.10), ("C7-chroma", "chroma_w1", 0.0)):
-        found = ladder.found[TURBO]
+        gap = difference(*pairs(ladder, who, TEACHER), metric)
+        said = f"{student} {statement}"
+        yield TEACHER, claim_row(f"{begun}-{id_}", said, title, gap, side, threshold)
+    for id_, metric, threshold in (("hues", "hue_kl", 0.10), ("chroma", "chroma_w1", 0.0)):
+        found = ladder.found[who]
         if metric == "hue_kl":
             value, title = interval(found, metric), "hue KL to truth, nats"
-            said = "the 2-step student keeps the hues that the caption leaves open"
+            said = f"{student} keeps the hues that the caption leaves open"
         else:
             value = difference(found, _scaled(ladder), metric)
             title = "chroma W1 to real, minus 1.5 times the teacher's"
-            said = "the 2-step student's colours are at most 1.5 times as far as its teacher's"
-        yield TEACHER, claim_row(id_, said, title, value, "below", threshold)
+            said = f"{student} has colours at most 1.5 times as far from real as its teacher's"
+        yield TEACHER, claim_row(f"{begun}-{id_}", said, title, value, "below", threshold)
 
 
 def _scaled(ladder: Ladder) -> list[Found]:
@@ -112,16 +116,31 @@ _INGREDIENTS: tuple[tuple[str, str, str, Side, str], ...] = (
 def _ingredients(ladder: Ladder) -> Iterator[tuple[str, dict[str, Any]]]:
     for id_, rival, metric, side, said in _INGREDIENTS:
         title = f"{METRICS[metric].title}, minus those of {TITLES[rival]}"
-        statement = f"the 2-step student {said}"
-        yield rival, claim_row(id_, statement, title, _gap(ladder, metric, rival), side, 0.0)
+        statement = f"{PLAIN} {said}"
+        gap = difference(*pairs(ladder, TURBO, rival), metric)
+        yield rival, claim_row(id_, statement, title, gap, side, 0.0)
+
+
+def _longer(ladder: Ladder) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What more calls and a larger adapter bring together, and what they break."""
+    rows: tuple[tuple[str, str, str, Side], ...] = (
+        ("L-long-signs", "sign_read", "reads more signs than turbo", "above"),
+        ("L-long-bodies", "whole_body", "has more whole bodies than turbo", "above"),
+        ("L-long-fur", "fur_patches", "is further from real fur than turbo", "above"),
+    )
+    for id_, metric, said, side in rows:
+        title = f"{METRICS[metric].title}, minus those of turbo"
+        gap = difference(*pairs(ladder, LONG, TURBO), metric)
+        yield TURBO, claim_row(id_, f"{LONGER} {said}", title, gap, side, 0.0)
 
 
 def bars(
-    lab: Lab, teacher: Samples, *, seeds: int = BUDGETS["quick"].most
+    lab: Lab, teacher: Samples, *, seeds: int = BUDGETS["quick"].seeds
 ) -> Iterator[tuple[str, Interval, Literal["at least", "at most"], float]]:
     """Name, value with its interval, and the limit of each bar of the turbo student.
 
-    Bars that are relative to the teacher are differences from it on the same captions and noise.
+    It is the student trained longer; the one of the ladder is there to be compared. Bars that are
+    relative to the teacher are differences from it on the same captions and noise.
 
     Args:
         lab: with the teacher.
@@ -129,7 +148,7 @@ def bars(
         seeds: trainings of the student.
     """
     scenes, real = teacher.scenes, reference(4096)
-    drawn = draw_students(lab, [(TURBO, STEPS, k) for k in range(seeds)], captions=len(scenes))
+    drawn = draw_students(lab, [(LONG, STEPS, k) for k in range(seeds)], captions=len(scenes))
     ours = [find(one.images, scenes, real) for one in drawn.samples.values()]
     theirs = [find(teacher.images, scenes, real)]
     yield "turbo.signs_read", interval(ours, "sign_read"), "at least", 0.97

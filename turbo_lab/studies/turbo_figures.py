@@ -19,8 +19,8 @@ from turbo_lab.field import guided
 from turbo_lab.figures import ACCENT, SECOND, SOFT, bare, contact_sheet, style
 from turbo_lab.lab import TEACHER_GUIDANCE, TEACHER_STEPS, Lab
 from turbo_lab.path import grid_from_times, time_grid
+from turbo_lab.recipes.turbo import LONG, TURBO
 from turbo_lab.recipes.turbo import SECOND as SECOND_TIME
-from turbo_lab.recipes.turbo import TURBO
 from turbo_lab.recipes.warm import STEPS
 from turbo_lab.sample import sample
 from turbo_lab.streams import noise
@@ -41,7 +41,7 @@ from turbo_lab.studies.turbo import (
     images_of,
 )
 
-PICTURED = (TEACHER, NAIVE, "progressive-more", "consistency-more", COLD, WARM, TURBO)
+PICTURED = (TEACHER, NAIVE, "progressive-more", "consistency-more", COLD, WARM, TURBO, LONG)
 
 
 def pictures(ladder: Ladder, *, count: int = 10, seed: int = 0) -> Figure:
