@@ -32,7 +32,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def notebooks(found: list[Store], problem: str = "") -> Any:
+def notebooks(found: list[Store], problem: str = "", name: str = "01_teacher") -> Any:
     def run(*, parameters: dict[str, Any], **_: Any) -> list[Outcome]:
         store = Store.default()
         found.append(store)
@@ -41,7 +41,7 @@ def notebooks(found: list[Store], problem: str = "") -> Any:
         out.mkdir(parents=True, exist_ok=True)
         after = [claim("T1", "inconclusive"), claim("T2", "holds"), claim("T3", "holds")]
         (out / "claims.json").write_text(json.dumps(after))
-        return [Outcome(name="01_teacher", seconds=1, figures=1, copy=out, problem=problem)]
+        return [Outcome(name=name, seconds=1, figures=1, copy=out, problem=problem)]
 
     return run
 
@@ -73,6 +73,19 @@ def test_a_run_that_broke_off_goes_on_and_one_that_ended_begins_again(
     assert (found[1].cache / "checkpoint").exists()
     reproduce.reproduce()
     assert not (found[2].cache / "checkpoint").exists()
+
+
+def test_notebooks_that_come_one_by_one_share_what_was_trained(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Store] = []
+    for name in ("01_teacher", "02_blur"):
+        monkeypatch.setattr(runner, "run", notebooks(found, name=name))
+        reproduce.reproduce(only=[name[:2]])
+        (found[-1].cache / name).touch()
+    assert (found[1].cache / "01_teacher").exists()
+    reproduce.reproduce(only=["01"])  # which has ended: nothing is left of either
+    assert not (found[2].cache / "02_blur").exists()
 
 
 def test_what_is_kept_lies_in_the_store_as_it_was_shipped(

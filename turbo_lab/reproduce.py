@@ -2,8 +2,9 @@
 
 Notebooks ask the store for what they need, and it trains what it has not got. So here they run
 with an empty store behind which nothing is shipped. A run that was killed goes on where its
-checkpoints end; one that has ended begins from nothing the next time. What takes longest can be
-kept as it was shipped: the teachers, so that students alone are trained again.
+checkpoints end, and notebooks may be reproduced one by one, in as many sittings, on what those
+before them have trained; one that is asked for again after it has ended begins from nothing. What
+takes longest can be kept as it was shipped: the teachers, so that students alone are trained again.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ def reproduce(
 ) -> tuple[list[Outcome], list[Change]]:
     """Retrain, rerun and compare.
 
+    The store is emptied first if one of the notebooks has ended in it before.
+
     Args:
         profile: ``quick`` or ``paper``.
         only: beginnings of notebooks' names; empty for all.
@@ -77,7 +80,8 @@ def reproduce(
     kept = list(_shipped(keep))
     folder = places.run_dir("reproduce") / profile
     ended = folder / "ended"
-    if ended.exists():
+    before = [one.name for one in ended.iterdir()] if ended.is_dir() else []
+    if any(name.startswith(tuple(only) or "") for name in before):
         shutil.rmtree(folder)
     for source in kept:
         with atomic_folder(folder / "store" / source.parent.name / source.name) as target:
@@ -92,8 +96,9 @@ def reproduce(
             cell_seconds=CELL_SECONDS,
         )
     if all(not one.problem for one in outcomes):
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(ended, "")
+        ended.mkdir(parents=True, exist_ok=True)
+        for one in outcomes:
+            atomic_write_text(ended / one.name, "")
     names = {one.name for one in outcomes}
     return outcomes, changes(_claims(places.root() / "figures"), _claims(figures), names)
 
