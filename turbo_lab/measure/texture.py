@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -179,7 +180,7 @@ class Slices:
 
     def distance(self, coordinates: Tensor) -> float:
         """`sliced_wasserstein` between the set and samples with these coordinates ``[..., P]``."""
-        ours = coordinates.reshape(-1, coordinates.shape[-1]).sort(0).values
+        ours = _rising(coordinates.reshape(-1, coordinates.shape[-1]))
         n = min(len(ours), len(self.ordered))
         return float((_quantiles(ours, n) - _quantiles(self.ordered, n)).abs().mean())
 
@@ -197,8 +198,13 @@ def sliced(vectors: Tensor, *, projections: int = 64, seed: int = 0) -> Slices:
     unit_vectors = torch.from_numpy(directions / (directions**2).sum(0) ** 0.5).float()
     return Slices(
         directions=unit_vectors,
-        ordered=(vectors.reshape(-1, width) @ unit_vectors).sort(0).values,
+        ordered=_rising(vectors.reshape(-1, width) @ unit_vectors),
     )
+
+
+def _rising(coordinates: Tensor) -> Tensor:
+    """Each column in order, by numpy: on a CPU its sort takes a twentieth of torch's time."""
+    return torch.from_numpy(np.sort(coordinates.numpy(), axis=0))
 
 
 def _quantiles(ordered: Tensor, n: int) -> Tensor:
