@@ -9,7 +9,7 @@ from torch import Tensor
 from turbo_lab.errors import BadInput
 from turbo_lab.field import Condition
 from turbo_lab.lab import open_lab
-from turbo_lab.recipes import EARLY
+from turbo_lab.recipes import EARLY, resolve
 from turbo_lab.recipes.distribution import CALLS, SECOND
 from turbo_lab.recipes.warm import pcm
 from turbo_lab.stages import check_stages
@@ -22,6 +22,14 @@ def test_a_longer_student_is_that_of_the_notebook_but_for_length_rank_and_rates(
     (now,), (then,) = long.stages, short.stages
     assert now.options == then.options and now.steps == pytest.approx(4 * then.steps, abs=4)
     assert long.adapter is not None and (long.adapter.rank, long.adapter.alpha) == (32, 32)
+
+
+def test_it_follows_the_teacher_that_is_named() -> None:
+    early, late = (pcm_length.longer(1000, rank=8, teacher=name) for name in (EARLY, "teacher"))
+    assert early.teacher == pcm("quick", 0).teacher and late.teacher == resolve("teacher")
+    assert late.net == resolve("teacher").net
+    with pytest.raises(BadInput, match="nobody"):
+        pcm_length.longer(1000, rank=8, teacher="nobody")
 
 
 def test_a_critic_is_paid_from_the_same_calls() -> None:

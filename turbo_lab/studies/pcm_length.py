@@ -1,7 +1,8 @@
 """How far phased consistency alone comes at two steps, and which of its phases loses the signs.
 
 ``python -m turbo_lab.studies.pcm_length`` prints it for the shipped student; with ``--calls 560000
---rank 32`` one is trained by so many network calls first, in an adapter of that rank.
+--rank 32`` one is trained by so many network calls first, in an adapter of that rank, and with
+``--teacher teacher`` on the network of six blocks.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from turbo_lab.errors import BadInput
 from turbo_lab.field import Field, frozen, guided
 from turbo_lab.lab import Lab, open_lab
 from turbo_lab.methods import Consistency
-from turbo_lab.recipes import EARLY, GUIDANCE, Profile, Recipe
+from turbo_lab.recipes import EARLY, GUIDANCE, Profile, Recipe, resolve
 from turbo_lab.recipes.distribution import SECOND
 from turbo_lab.recipes.models import Rates
 from turbo_lab.recipes.trajectory import student
@@ -41,6 +42,7 @@ def longer(
     rank: int,
     rate: float = 1e-3,
     adversarial: float = 0.0,
+    teacher: str = EARLY,
     profile: Profile = "quick",
     seed: int = 0,
 ) -> Recipe:
@@ -52,11 +54,12 @@ def longer(
         rate: learning rate, which falls to 2% of itself.
         adversarial: weight of the term by which a critic on the teacher's blocks is to be fooled;
             0 for none.
+        teacher: name of the recipe whose network it follows and wears its adapter on.
         profile: whose batch it has.
         seed: of the training.
 
     Raises:
-        BadInput: calls that are none, or a rate or a rank out of range.
+        BadInput: calls that are none, a rate or a rank out of range, or no such teacher.
     """
     if not 0 < calls < math.inf:
         raise BadInput("calls", calls, "use a finite number above 0")
@@ -71,7 +74,8 @@ def longer(
     rates = {"student": one, **({"critic": one} if adversarial else {})}
     stage = stage.model_copy(update={**changed, "steps": steps, "rates": rates})
     size = AdapterSize(rank=rank, alpha=rank)
-    return student("pcm-longer", seed, (stage,), adapter=size)
+    recipe, base = student("pcm-longer", seed, (stage,), adapter=size), resolve(teacher)
+    return recipe.model_copy(update={"teacher": base, "net": base.net})
 
 
 @torch.no_grad()
@@ -122,12 +126,13 @@ if __name__ == "__main__":
     asked.add_argument("--rank", type=int, default=32, help="of its adapter")
     asked.add_argument("--rate", type=float, default=1e-3, help="its learning rate")
     asked.add_argument("--adversarial", type=float, default=0.0, help="weight of a critic's term")
+    asked.add_argument("--teacher", default=EARLY, help="whom it follows; needs --calls")
     asked.add_argument("--seed", type=int, default=0, help="of the training")
     asked.add_argument("--captions", type=int, default=512, help="of select that are sampled")
     given = vars(asked.parse_args())
     captions, seed = given.pop("captions"), given["seed"]
     recipe = pcm("quick", seed) if given["calls"] is None else longer(**given)
-    bench = open_lab(device="cpu", teacher=EARLY)
+    bench = open_lab(device="cpu", teacher=given["teacher"] if given["calls"] else EARLY)
     assert recipe.adapter is not None
     pupil = bench.dressed(recipe.adapter, bench.trained(recipe))
     print(by_phase(bench, pupil, captions=captions).round(4).to_string())
