@@ -301,3 +301,61 @@ def test_a_critic_learns_where_a_student_is_wrong() -> None:
 def test_bad_adversaries_are_named(changed: dict[str, object], said: str) -> None:
     with pytest.raises(BadInput, match=said):
         build(GaussianMap(), **changed)
+
+
+# --- inputs that the student's own sampler makes ------------------------------------------------
+
+
+def simulated(student: GaussianField, share: float, **options: object) -> Consistency:
+    return build(student, simulated=share, solver="euler", **options)
+
+
+def test_simulated_samples_stand_where_the_sampler_brings_them_and_the_others_stay() -> None:
+    student, batch = GaussianMap(1.2, 0.5), gaussian_batches(DRAW)
+    method = simulated(student, 0.4, walk_steps=1)
+    chosen = DRAW.uniform("simulated") < 0.4
+    assert 0 < int(chosen.sum()) < len(chosen)
+    ours, theirs = method.loss(batch, DRAW), build(student, solver="euler").loss(batch, DRAW)
+    assert torch.equal(ours["consistency"][~chosen], theirs["consistency"][~chosen])
+    # One step of the teacher ends the phase, where f is the identity: closed form.
+    z = DRAW.normal("z", (3,))
+    first, *_ = sample(student, method.sampler, z, None)
+    at = torch.full((64,), 0.5)
+    own = method.jump(student, first.x, at, 0 * at, None)
+    goal = euler(TEACHER, first.x, at, 0 * at, None)
+    expected = squared(own, goal)[chosen]
+    torch.testing.assert_close(ours["consistency"][chosen], expected)
+
+
+def test_of_several_phases_every_inner_edge_is_simulated() -> None:
+    method = simulated(GaussianMap(1.2, 0.5), 1.0, edges=(0.3, 0.6), walk_steps=2)
+    ours, goal, s = method.predictions(gaussian_batches(DRAW), DRAW)
+    assert ours.shape == goal.shape == (64, 3)
+    assert sorted(set(s.tolist())) == pytest.approx([0.0, 0.3])
+
+
+def test_the_exact_map_is_the_optimum_of_simulated_inputs_too() -> None:
+    batch = gaussian_batches(DRAW)
+    losses = {
+        mean: simulated(GaussianMap(mean).requires_grad_(False), 1.0, walk_steps=40).loss(
+            batch, DRAW
+        )["consistency"]
+        for mean in (MEAN - 0.2, MEAN, MEAN + 0.2)
+    }
+    best = float(losses.pop(MEAN).mean())
+    assert best < 1e-3 and all(float(loss.mean()) > 4 * best for loss in losses.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"simulated": 1.5}, "simulated=1.5"),
+        ({"simulated": 0.5, "edges": ()}, "simulated=0.5"),
+        ({"simulated": 0.5, "walk_steps": 0}, "walk_steps=0"),
+    ],
+)
+def test_simulated_inputs_need_a_share_an_edge_and_steps(
+    options: dict[str, object], said: str
+) -> None:
+    with pytest.raises(BadInput, match=said):
+        build(GaussianMap(), **options)
