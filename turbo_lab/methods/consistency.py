@@ -13,15 +13,7 @@ from turbo_lab.critic import ADVERSARIES, Critic, TrainableCritic
 from turbo_lab.errors import BadInput
 from turbo_lab.field import Condition, Field, frozen
 from turbo_lab.fit import Batch, Player, Turn
-from turbo_lab.methods.kinds import (
-    DISTANCES,
-    SOLVERS,
-    TrainableField,
-    at_rows,
-    chosen,
-    times_at,
-    walk,
-)
+from turbo_lab.methods.kinds import DISTANCES, SOLVERS, TrainableField, chosen, times_at
 from turbo_lab.methods.phased import pushed
 from turbo_lab.path import grid_from_times, mix, step, time_grid
 from turbo_lab.streams import Draw
@@ -51,13 +43,6 @@ class Consistency:
     sees blur that a distance forgives. It is an option of consistency, not a method of its own:
     one term and one turn beside the same prediction, the same target and the same sampler.
 
-    **Simulated inputs**, if ``simulated`` is above 0: that share of the samples stands at an inner
-    edge where the student's own sampler has brought it from noise, as in DMD2's backward simulation
-    (Yin et al. 2024, arXiv 2405.14867, section 4.5), and x_r is where the teacher's path from there
-    has come to at a random time of the phase. Data noised to the edge are what a perfect phase
-    before would hand on; a student's own phase before hands on something else, and the next one
-    has to jump to the place that the teacher would reach from it.
-
     Args:
         student: the field that learns.
         teacher: the field whose paths are followed (guided, frozen).
@@ -73,8 +58,6 @@ class Consistency:
             a `turbo_lab.critic.TrainableCritic`.
         adversarial_weight: weight of the student's adversarial term; 0 for none.
         adversary: ``hinge`` or ``logistic``, see `turbo_lab.critic.ADVERSARIES`.
-        simulated: share of samples that stand where the student's sampler brings them, 0 to 1.
-        walk_steps: Euler steps of the teacher from there to the end of the phase.
     """
 
     student: TrainableField
@@ -89,8 +72,6 @@ class Consistency:
     critic: Critic | None = None
     adversarial_weight: float = 0.0
     adversary: str = "hinge"
-    simulated: float = 0.0
-    walk_steps: int = 10
 
     def __post_init__(self) -> None:
         chosen("solver", self.solver, SOLVERS)
@@ -100,12 +81,6 @@ class Consistency:
             raise BadInput("target", "average", "give the average, or choose current")
         self._check_edges()
         self._check_adversary()
-        if not 0 <= self.simulated <= 1:
-            raise BadInput("simulated", self.simulated, "use a share from 0 to 1")
-        if self.simulated and not self.edges:
-            raise BadInput("simulated", self.simulated, "it needs edges between phases")
-        if self.walk_steps < 1:
-            raise BadInput("walk_steps", self.walk_steps, "use at least 1")
 
     def _check_edges(self) -> None:
         if any(not 0 < s < 1 for s in self.edges):
@@ -182,33 +157,12 @@ class Consistency:
         k = draw.integers("time", self.grid_steps)
         t, r = times_at(self.grid, k, x), times_at(self.grid, k + 1, x)
         s = self.ends(t)
-        z = draw.normal("z", x.shape[1:]).to(x)
-        x_t = mix(x, z, t)
+        x_t = mix(x, draw.normal("z", x.shape[1:]).to(x), t)
         with torch.no_grad():
             x_r = SOLVERS[self.solver](self.teacher, x_t, t, r, c)
-            if self.simulated:
-                self._simulate(draw, z, c, (x_t, t, x_r, r, s))
             source = self.average if self.target == "average" else self.student
             goal = self.jump(frozen(source), x_r, r, s, c)  # type: ignore[arg-type]
         return self.jump(self.student, x_t, t, s, c), goal, s
-
-    def _simulate(self, draw: Draw, z: Tensor, c: Condition, places: Sequence[Tensor]) -> None:
-        """Put a share of the samples where the student brings them: x_t, t, x_r, r and s."""
-        rows = (draw.uniform("simulated") < self.simulated).nonzero()[:, 0]
-        edge = 1 + draw.integers("edge", len(self.edges))[rows]  # phases behind it
-        stop = 1 + draw.integers("stop", self.walk_steps)[rows]
-        c = at_rows(c, rows)
-        x_t = walk(frozen(self.student), z[rows], self.sampler, 0 * edge, edge, c)
-        # The teacher's grid: every phase in as many steps, so that edges are among them.
-        ends = zip(self.sampler, self.sampler[1:], strict=False)
-        parts = [torch.linspace(float(a), float(b), self.walk_steps + 1)[:-1] for a, b in ends]
-        grid = torch.cat([*parts, self.sampler[-1:]])
-        start = edge * self.walk_steps
-        x_r = walk(self.teacher, x_t, grid, start, start + stop, c)
-        times = self.sampler[edge], grid[start + stop], self.sampler[edge + 1]
-        t, r, s = (one.to(z.device) for one in times)
-        for place, own in zip(places, (x_t, t, x_r, r, s), strict=True):
-            place[rows.to(place.device)] = own
 
     def loss(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """Distance of the two predictions per sample ``[B]``, and how well ours is told apart."""

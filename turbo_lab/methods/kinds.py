@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from turbo_lab.errors import BadInput
-from turbo_lab.field import Condition, Field, each
+from turbo_lab.field import Field
 from turbo_lab.fit import Player
 from turbo_lab.path import expand
 
@@ -72,11 +72,6 @@ def times_at(grid: Tensor, index: Tensor, like: Tensor) -> Tensor:
     return grid.to(like.device)[index.to(like.device)]
 
 
-def at_rows(c: Condition, rows: Tensor) -> Condition:
-    """The conditions of some samples."""
-    return each(lambda part: part[rows.to(part.device)], c)
-
-
 @torch.no_grad()
 def walk(field: Field, x_t: Tensor, grid: Tensor, start: Tensor, stop: Tensor, c: Any) -> Tensor:
     """Euler steps of a field down a grid, each sample from its own start to its own stop index.
@@ -89,13 +84,13 @@ def walk(field: Field, x_t: Tensor, grid: Tensor, start: Tensor, stop: Tensor, c
         grid: falling times.
         start: ``[B]`` indices into the grid.
         stop: ``[B]`` indices, above start.
-        c: condition of every sample.
+        c: condition, a tensor ``[B, ...]`` or None.
     """
     x, at = x_t.clone(), start.clone().to(x_t.device)
     stop = stop.to(x_t.device)
     while bool((going := at < stop).any()):
         rows = going.nonzero()[:, 0]
         t, u = times_at(grid, at[rows], x), times_at(grid, at[rows] + 1, x)
-        x[rows] = euler(field, x[rows], t, u, at_rows(c, rows))
+        x[rows] = euler(field, x[rows], t, u, c if c is None else c[rows])
         at[rows] += 1
     return x
