@@ -88,8 +88,8 @@ def turbo(profile: Profile, seed: int, *, name: str = TURBO) -> Recipe:
 def longer(profile: Profile, seed: int) -> Recipe:
     """The whole recipe by `LONGER` times the calls in each of its stages, in a larger adapter.
 
-    Every update of the student is followed by one of the fake, and not by two: what brought most
-    to the 4-step student of `turbo_lab.recipes.distribution.LONGER`.
+    Every update of the student is followed by one of the fake, and not by two, as for the 4-step
+    student of `turbo_lab.recipes.distribution.LONGER`.
 
     Args:
         profile: smoke, quick or paper.
