@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -22,10 +24,10 @@ from turbo_lab.postcards import draw_scenes, render
 from turbo_lab.recipes import Recipe, Stage, student_recipe
 from turbo_lab.recipes.adversarial import AGAINST, gan
 from turbo_lab.recipes.distribution import calls_per_round
-from turbo_lab.recipes.turbo import CALLS, LADDER, LONG, LONGER, MAIN, RANK, RUNGS, TURBO
+from turbo_lab.recipes.turbo import CALLS, LADDER, LONG, MAIN, RUNGS, TURBO
 from turbo_lab.recipes.warm import STEPS
 from turbo_lab.store import Store
-from turbo_lab.studies import gathered, turbo, turbo_claims, turbo_figures
+from turbo_lab.studies import gathered, turbo, turbo_choice, turbo_claims, turbo_figures
 from turbo_lab.studies.every_metric import find, reference
 from turbo_lab.studies.paired import holm, swapped
 from turbo_lab.studies.turbo import Budget, Ladder
@@ -73,8 +75,8 @@ def test_every_rung_has_spent_as_many_network_calls(name: str) -> None:
 
 def test_the_longer_student_is_turbo_by_more_calls_in_a_larger_adapter() -> None:
     plain, longer = (student_recipe(name, steps=STEPS) for name in (TURBO, LONG))
-    assert spent(longer) == pytest.approx(LONGER * spent(plain), rel=0.01)
-    assert longer.adapter is not None and longer.adapter.rank == RANK > plain.adapter.rank
+    assert spent(longer) == pytest.approx(3 * spent(plain), rel=0.01)
+    assert longer.adapter is not None and longer.adapter.rank == 32 > plain.adapter.rank
     assert longer.start is not None and plain.start is not None
     assert longer.start.adapter == longer.adapter and longer.times == plain.times
     stages = [(*recipe.start.stages, *recipe.stages) for recipe in (plain, longer) if recipe.start]
@@ -110,6 +112,19 @@ def test_everyone_is_drawn_for_the_same_captions(ladder: Ladder) -> None:
     nfe = {rung: ladder.nfe(rung) for rung in ladder.rungs}
     assert (nfe[turbo.SLOW], nfe[turbo.TEACHER], nfe[turbo.NAIVE]) == (100, 80, 4)
     assert {nfe[name] for name in (*LADDER, LONG)} == {2}
+
+
+def test_the_longer_student_is_looked_at_after_each_stage(
+    bench: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        turbo_choice, "student_recipe", partial(small_student, bench, profile="smoke")
+    )
+    found = turbo_choice.by_stage(bench, captions=8, trainings=1)
+    assert list(found.index) == [(1, 0), (2, 0), (3, 0)]
+    ended = turbo_choice.looks(bench, [LONG], captions=8)
+    pd.testing.assert_series_equal(found.loc[3, 0], ended.loc[LONG], check_names=False)
+    assert not found.loc[1, 0].equals(found.loc[3, 0])
 
 
 # --- tests and claims ---------------------------------------------------------------------------

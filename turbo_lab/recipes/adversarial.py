@@ -131,8 +131,7 @@ def going_on(start: Recipe, profile: Profile, *, name: str, term: Gan | None) ->
         term: the GAN term, if any.
     """
     last = start.stages[-1]
-    # The critic looks at one more batch of samples in every round.
-    per_round = calls_per_round(STEPS, RIVAL_UPDATES) + (0 if term is None else (STEPS + 1) / 2)
+    per_round = calls_per_round(STEPS, RIVAL_UPDATES, critic=term is not None)
     rounds = max(2 * RIVAL_UPDATES, int(CALLS[profile] / (per_round * last.batch_size)))
     rates = {
         "student": Rates(lr=1e-4, betas=(0.0, 0.999), warmup=10, final=0.1),

@@ -121,15 +121,21 @@ LONGER: Mapping[str, Variant] = MappingProxyType(
 _CHANGED: Mapping[str, Variant] = MappingProxyType({**VARIANTS, **LONGER})
 
 
-def calls_per_round(steps: int, rival_updates: int) -> float:
+def calls_per_round(steps: int, rival_updates: int, *, critic: bool = False) -> float:
     """Network calls per sample in a round: one update of the fake, and its share of a student's.
 
     The fake's turn samples the student (k forward passes without gradient to the drawn step k and
     that step, (steps + 1) / 2 on average) and learns (3). The student's turn samples without
     gradient to the drawn step ((steps - 1) / 2), takes it with one (3), and asks the guided
-    teacher (2) and the fake (1).
+    teacher (2) and the fake (1). A critic looks at one more batch of samples in every round.
+
+    Args:
+        steps: of the student, at least 1.
+        rival_updates: of the fake for each of the student, at least 1.
+        critic: whether there is a GAN term.
     """
-    return (steps + 1) / 2 + 3 + ((steps - 1) / 2 + 6) / rival_updates
+    plain = (steps + 1) / 2 + 3 + ((steps - 1) / 2 + 6) / rival_updates
+    return plain + ((steps + 1) / 2 if critic else 0)
 
 
 def dmd2(profile: Profile, seed: int, *, steps: int, variant: str = "") -> Recipe:

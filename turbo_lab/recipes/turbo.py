@@ -12,7 +12,6 @@ from functools import partial
 from types import MappingProxyType
 from typing import Literal
 
-from turbo_lab.adapters import AdapterSize
 from turbo_lab.errors import BadInput
 from turbo_lab.recipes import distribution
 from turbo_lab.recipes.adversarial import AGAINST, CONTROL, MAIN, START, TURBO, Against, going_on
@@ -30,10 +29,8 @@ SECOND = STARTS[START].second
 """Time at which the second step starts."""
 CHAIN = (16, 8, 4, 2)
 LONG = "turbo-long"
-LONGER = 3
-"""Network calls of each stage of `LONG`, over those of `turbo`."""
-RANK = 32
-"""Of its adapter; the others have 8."""
+LIKE = distribution.LONGER[distribution.LONG]
+"""The longer student of 4 steps, whose length and adapter `LONG` has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +83,9 @@ def turbo(profile: Profile, seed: int, *, name: str = TURBO) -> Recipe:
 
 
 def longer(profile: Profile, seed: int) -> Recipe:
-    """The whole recipe by `LONGER` times the calls in each of its stages, in a larger adapter.
+    """The whole recipe by more calls in each of its stages, in a larger adapter, as `LIKE`.
 
-    Every update of the student is followed by one of the fake, and not by two, as for the 4-step
-    student of `turbo_lab.recipes.distribution.LONGER`.
+    Every update of the student is followed by one of the fake, and not by two.
 
     Args:
         profile: smoke, quick or paper.
@@ -97,7 +93,7 @@ def longer(profile: Profile, seed: int) -> Recipe:
     """
     whole = turbo(profile, seed)
     assert whole.start is not None
-    size = {"adapter": AdapterSize(rank=RANK, alpha=RANK)}
+    size = {"adapter": LIKE.adapter}
     stages = tuple(_longer(stage) for stage in whole.start.stages)
     start = whole.start.model_copy(update={"name": f"{LONG}-start", "stages": stages, **size})
     last = {"stages": (_longer(whole.stages[-1]),), "start": start}
@@ -107,10 +103,10 @@ def longer(profile: Profile, seed: int) -> Recipe:
 def _longer(stage: Stage) -> Stage:
     """A stage of `turbo` by more calls, with one update of the fake for each of the student."""
     changed: dict[str, object] = {"precision": "bf16"}
-    rounds: float = LONGER * stage.steps
+    rounds = LIKE.calls * stage.steps
     if stage.method == "dmd2":
-        seen = 0 if stage.gan is None else (STEPS + 1) / 2
-        before, after = (calls_per_round(STEPS, n) + seen for n in (RIVAL_UPDATES, 1))
+        critic = stage.gan is not None
+        before, after = (calls_per_round(STEPS, n, critic=critic) for n in (RIVAL_UPDATES, 1))
         rounds *= before / after
         changed["options"] = {**stage.options, "rival_updates": 1}
     return stage.model_copy(update={**changed, "steps": max(2, int(rounds))})

@@ -41,6 +41,9 @@ def longer(
     *,
     rank: int,
     rate: float = 1e-3,
+    warmup: int = 100,
+    solver: str = "euler",
+    grid_steps: int = GRID_STEPS,
     adversarial: float = 0.0,
     teacher: str = EARLY,
     profile: Profile = "quick",
@@ -52,6 +55,9 @@ def longer(
         calls: network calls of the whole training, above 0.
         rank: of the adapter, and its alpha.
         rate: learning rate, which falls to 2% of itself.
+        warmup: steps over which it rises before, at least 0.
+        solver: of the teacher, ``euler`` or ``heun``.
+        grid_steps: of the teacher's grid.
         adversarial: weight of the term by which a critic on the teacher's blocks is to be fooled;
             0 for none.
         teacher: name of the recipe whose network it follows and wears its adapter on.
@@ -65,12 +71,14 @@ def longer(
         raise BadInput("calls", calls, "use a finite number above 0")
     stage = warm_stage(profile, Start(title="PCM", share=1.0))
     per_sample = PER_SAMPLE["consistency"] + (CRITIC_CALLS if adversarial else 0)
+    per_sample += 2 if solver == "heun" else 0  # the guided teacher once more
     steps = max(2, int(calls / (per_sample * stage.batch_size)))
-    changed: dict[str, object] = {"precision": "bf16"}
+    options = {**stage.options, "solver": solver, "grid_steps": grid_steps}
+    changed: dict[str, object] = {"precision": "bf16", "options": options}
     if adversarial:
-        changed["options"] = {**stage.options, "adversarial_weight": adversarial}
+        options["adversarial_weight"] = adversarial
         changed["taps"] = "teacher"
-    one = Rates(lr=rate, warmup=min(100, steps), final=0.02)
+    one = Rates(lr=rate, warmup=min(warmup, steps), final=0.02)
     rates = {"student": one, **({"critic": one} if adversarial else {})}
     stage = stage.model_copy(update={**changed, "steps": steps, "rates": rates})
     size = AdapterSize(rank=rank, alpha=rank)
@@ -125,14 +133,21 @@ if __name__ == "__main__":
     asked.add_argument("--calls", type=float, help="network calls of a student of its own")
     asked.add_argument("--rank", type=int, default=32, help="of its adapter")
     asked.add_argument("--rate", type=float, default=1e-3, help="its learning rate")
+    asked.add_argument("--warmup", type=int, default=100, help="steps over which the rate rises")
+    asked.add_argument("--solver", default="euler", help="of the teacher, euler or heun")
+    asked.add_argument("--grid-steps", type=int, default=GRID_STEPS, help="of the teacher's grid")
     asked.add_argument("--adversarial", type=float, default=0.0, help="weight of a critic's term")
-    asked.add_argument("--teacher", default=EARLY, help="whom it follows; needs --calls")
+    asked.add_argument("--teacher", default=EARLY, help="whom it follows")
     asked.add_argument("--seed", type=int, default=0, help="of the training")
     asked.add_argument("--captions", type=int, default=512, help="of select that are sampled")
     given = vars(asked.parse_args())
+    if given["calls"] is None and given["teacher"] != EARLY:
+        asked.error(
+            f"--teacher {given['teacher']}: the shipped student follows {EARLY}; add --calls"
+        )
     captions, seed = given.pop("captions"), given["seed"]
     recipe = pcm("quick", seed) if given["calls"] is None else longer(**given)
-    bench = open_lab(device="cpu", teacher=given["teacher"] if given["calls"] else EARLY)
+    bench = open_lab(device="cpu", teacher=given["teacher"])
     assert recipe.adapter is not None
     pupil = bench.dressed(recipe.adapter, bench.trained(recipe))
     print(by_phase(bench, pupil, captions=captions).round(4).to_string())

@@ -194,7 +194,8 @@ def climb(
         seed: of the noise.
         profile: with ``fresh``, the budget that students are trained by; otherwise the shipped
             students (those of ``quick``) serve every profile.
-        fresh: train the students again; what they start from is the other notebooks'.
+        fresh: train the students again; what those of the ladder start from is the other
+            notebooks'.
     """
     families = (*LADDER, LONG)
     seeds = {f: budget.most if f in MANY else budget.seeds for f in families}

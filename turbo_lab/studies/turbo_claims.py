@@ -50,6 +50,10 @@ def claims(ladder: Ladder, *, profile: str) -> list[Claim]:
     ]
 
 
+def _gap(ladder: Ladder, metric: str, who: str, rival: str) -> Interval:
+    return difference(*pairs(ladder, who, rival), metric)
+
+
 def _quality(
     ladder: Ladder, who: str, begun: str, student: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -66,8 +70,7 @@ def _quality(
     )  # fmt: skip
     for id_, metric, statement, side, threshold in rows:
         title = f"{METRICS[metric].title}, minus those of the teacher at 40 steps"
-        gap = difference(*pairs(ladder, who, TEACHER), metric)
-        said = f"{student} {statement}"
+        gap, said = _gap(ladder, metric, who, TEACHER), f"{student} {statement}"
         yield TEACHER, claim_row(f"{begun}-{id_}", said, title, gap, side, threshold)
     for id_, metric, threshold in (("hues", "hue_kl", 0.10), ("chroma", "chroma_w1", 0.0)):
         found = ladder.found[who]
@@ -117,7 +120,7 @@ def _ingredients(ladder: Ladder) -> Iterator[tuple[str, dict[str, Any]]]:
     for id_, rival, metric, side, said in _INGREDIENTS:
         title = f"{METRICS[metric].title}, minus those of {TITLES[rival]}"
         statement = f"{PLAIN} {said}"
-        gap = difference(*pairs(ladder, TURBO, rival), metric)
+        gap = _gap(ladder, metric, TURBO, rival)
         yield rival, claim_row(id_, statement, title, gap, side, 0.0)
 
 
@@ -130,7 +133,7 @@ def _longer(ladder: Ladder) -> Iterator[tuple[str, dict[str, Any]]]:
     )
     for id_, metric, said, side in rows:
         title = f"{METRICS[metric].title}, minus those of turbo"
-        gap = difference(*pairs(ladder, LONG, TURBO), metric)
+        gap = _gap(ladder, metric, LONG, TURBO)
         yield TURBO, claim_row(id_, f"{LONGER} {said}", title, gap, side, 0.0)
 
 
