@@ -77,7 +77,8 @@ def test_tables_and_ratios_are_counts_of_wrong_answers(tmp_path: Path) -> None:
     assert list(shown.index) == list(dino_probe.NETWORKS.values())
     assert shown.loc["mini-DINO", "hue"].startswith("15.0 [")
     figure = dino_probe.figure(dino_probe.table(found))
-    heights = [patch.get_height() for patch in figure.axes[0].patches]  # type: ignore[attr-defined]
+    dots = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    heights = [float(y) for line in dots for y in line.get_ydata()]  # type: ignore[union-attr]
     assert heights == [float(wrong[n][k].mean()) for n in dino_probe.NETWORKS for k in range(6)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import combinations
 
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -117,3 +118,18 @@ def test_no_words_lie_on_other_words(draw: Callable[[], Figure]) -> None:
 def test_a_unit_is_in_brackets_and_in_one_piece() -> None:
     metric = every_metric.METRICS["moss_energy"]
     assert metric.axis == "power in the grain's band (of\u00a0real)"
+
+
+def test_a_break_parts_the_lines_and_each_dot_stays_on_its_own() -> None:
+    drawn = {"by": "who", "metrics": {"m": "one"}, "units": {"m": "share"}, "bands": {}}
+    rows = table("who", ["a", "b", "c"], ["m"])
+    titles = {"a": "first", "b": "second", "c": "third"}
+    whole, parted = (
+        charts.dot_panels(rows, titles=titles, accent="b", ylabel="", breaks=breaks, **drawn)  # type: ignore[arg-type]
+        for breaks in ((), ("c",))
+    )
+    assert np.diff(whole.axes[0].get_yticks()).tolist() == [1, 1]
+    ticks = parted.axes[0].get_yticks()
+    assert np.diff(ticks) == pytest.approx([1, 1 + charts.GAP])
+    dots = [line.get_ydata()[0] for line in parted.axes[0].lines if line.get_marker() == "o"]  # type: ignore[index]
+    assert dots == ticks.tolist()

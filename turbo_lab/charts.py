@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 COLOURS = (ACCENT, SECOND, THIRD, "#8b5aa8", "#b8860b", INK)
 """One per line or row that is compared."""
+GAP = 0.7
+"""Between lines that are parted, in heights of a line."""
 
 
 def compared_lines(
@@ -173,6 +176,7 @@ def dot_panels(
     bands: Mapping[str, Band],
     accent: str,
     ylabel: str,
+    breaks: Collection[str] = (),
     columns: int = 6,
 ) -> Figure:
     """Draw one line per sampler and one panel per metric: dots with their intervals.
@@ -188,12 +192,14 @@ def dot_panels(
         bands: samplers whose intervals are bands through every panel, from the back to the front.
         accent: the sampler that is picked out.
         ylabel: what the samplers are.
+        breaks: samplers above which a gap parts the lines.
         columns: panels in a row of the figure.
     """
+    heights = list(accumulate(1.0 + GAP * (sampler in breaks) for sampler in titles))
     deep = -(-len(metrics) // columns)
     with style():
         wide = 1.9 * min(columns, len(metrics)) + 1.8
-        high = (0.24 * len(titles) + 1.1) * deep + 0.3
+        high = (0.24 * heights[-1] + 1.1) * deep + 0.3
         figure = Figure(figsize=(wide, high))
         figure.set_layout_engine("constrained", h_pad=0.08)
         axes = figure.subplots(deep, min(columns, len(metrics)), sharey=True, squeeze=False)
@@ -201,7 +207,7 @@ def dot_panels(
             of = rows[rows["metric"] == metric].set_index(by)
             for sampler, band in bands.items():
                 _draw_band(axis, of, sampler, band)
-            for y, sampler in enumerate(titles):
+            for y, sampler in zip(heights, titles, strict=True):
                 dot(axis, of.loc[sampler], y, ACCENT if sampler == accent else SECOND)
             axis.locator_params(axis="x", nbins=4)
             axis.set_title(title, fontsize=8)
@@ -210,7 +216,7 @@ def dot_panels(
         for axis in axes.ravel()[len(metrics) :]:
             axis.set_visible(False)
         for axis in axes[:, 0]:
-            axis.set_yticks(range(len(titles)), list(titles.values()), fontsize=8)
+            axis.set_yticks(heights, list(titles.values()), fontsize=8)
             axis.set_ylabel(ylabel, fontsize=8)
         axes[0, 0].invert_yaxis()
         keys = [Patch(label=band.label, **_look(band)) for band in bands.values()]

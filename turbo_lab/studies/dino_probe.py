@@ -277,7 +277,7 @@ def bars(store: Store | None = None) -> Iterator[tuple[str, Interval]]:
 
 
 def figure(rows: pd.DataFrame) -> Figure:
-    """Error rates by target, one bar per network, with their intervals."""
+    """Error rates by target, one dot per network, with their intervals."""
     colours = dict(zip(NETWORKS, (SOFT, ACCENT, SECOND), strict=True))
     shown: Sequence[str] = [n for n in NETWORKS if n in set(rows["network"])]
     with style():
@@ -286,12 +286,13 @@ def figure(rows: pd.DataFrame) -> Figure:
         for k, network in enumerate(shown):
             one = rows[rows["network"] == network].set_index("target").loc[list(TARGETS)]
             error = np.abs([one["value"] - one["low"], one["high"] - one["value"]])
-            places = np.arange(len(one)) + 0.27 * (k - (len(shown) - 1) / 2)
-            axis.bar(
-                places, one["value"], 0.25, yerr=error, capsize=2, color=colours[network],
-                label=NETWORKS[network], error_kw={"lw": 0.8},
+            places = np.arange(len(one)) + 0.2 * (k - (len(shown) - 1) / 2)
+            axis.errorbar(
+                places, one["value"], yerr=error, fmt="o", ms=5, lw=1, capsize=2,
+                color=colours[network], label=NETWORKS[network],
             )  # fmt: skip
+        axis.axhline(0, color=SOFT, lw=0.6, zorder=0)
         axis.set_xticks(range(len(TARGETS)), list(TARGETS))
-        axis.set(ylabel="error of a linear probe", ylim=(0, None))
+        axis.set(ylabel="error of a linear probe (share)")
         axis.legend(fontsize=8)
     return drawn

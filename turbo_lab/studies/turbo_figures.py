@@ -83,6 +83,7 @@ def dots(rows: pd.DataFrame, metrics: Sequence[str]) -> Figure:
         },
         accent=TURBO,
         ylabel="sampler at 2 steps",
+        breaks=(next(iter(ABLATIONS)), LONG),
         columns=5,
     )
 
