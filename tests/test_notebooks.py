@@ -114,6 +114,15 @@ def test_outputs_are_there(path: Path) -> None:
     assert [out.text for out in streams if out.name == "stderr"] == []
 
 
+@each
+def test_tables_are_shown_whole(path: Path) -> None:
+    """pandas ends a text that it cuts with three dots, and puts them for lines it leaves out."""
+    outputs = [out for cell in code_cells(read(path)) for out in cell.outputs if "data" in out]
+    pages = [html for out in outputs if "<table" in (html := out.data.get("text/html", ""))]
+    cells = [text for page in pages for text in re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", page)]
+    assert [text for text in cells if text.endswith("...")] == []
+
+
 @pytest.mark.notebook
 @each
 def test_a_smoke_run_goes_through(path: Path) -> None:

@@ -95,9 +95,16 @@ def model_for(name: str) -> type[NotebookParams]:
 def validated(name: str, namespace: Mapping[str, Any]) -> NotebookParams:
     """Check the parameters a notebook runs with; its first code cell passes ``globals()``.
 
+    Tables that the notebook displays are whole from then on: pandas would cut long statements and
+    leave out the middle of long tables.
+
     Raises:
         BadInput: a parameter is missing from the namespace, or its value is not allowed.
     """
+    import pandas as pd
+
+    for option in ("max_rows", "max_columns", "max_colwidth"):
+        pd.set_option(f"display.{option}", None)
     fields = model_for(name).model_fields
     missing = [field for field in fields if field not in namespace]
     if missing:
