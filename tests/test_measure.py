@@ -20,6 +20,7 @@ from torch import Tensor
 
 from turbo_lab import measure
 from turbo_lab.errors import BadInput
+from turbo_lab.measure.corruptions import add_ghosts
 from turbo_lab.measure.views import hue_degrees
 from turbo_lab.postcards import Scenes, draw_scenes, render
 from turbo_lab.postcards.captions import GROUNDS, null_tokens
@@ -101,6 +102,22 @@ def test_faded_and_blurred_signs_are_not_read(images: Tensor, scenes: Scenes) ->
     for broken in (ghost, blurred(images, 0.8)):
         rate = measure.report(broken, scenes.fields)["sign_read"].float().mean()
         assert rate < 0.01
+
+
+def test_a_second_sign_beside_the_right_one_is_not_all_right(
+    images: Tensor, scenes: Scenes
+) -> None:
+    doubled = add_ghosts(scenes, 1.0)
+    was, now = (measure.report(x, scenes.fields) for x in (images, doubled))
+    second = now["ghost_signs"]
+    assert second.float().mean() > 0.95
+    assert was["sign_alone"].all() and was["all_right"].float().mean() > 0.99
+    assert now["sign_read"].float().mean() > 0.95  # the right one is still the best
+    assert not now["sign_alone"][second].any() and not now["all_right"][second].any()
+    other = measure.report(images, scenes.fields.flip(0))
+    parts = ("sign_alone", "whole_body", "pose_right")
+    assert torch.equal(other["all_right"], torch.stack([other[k] for k in parts]).all(0))
+    assert 0 < other["sign_alone"].sum() < len(images)
 
 
 def test_two_half_figures_are_not_a_body() -> None:

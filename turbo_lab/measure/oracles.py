@@ -59,8 +59,10 @@ def report(images: Tensor, fields: Tensor, reading: Reading | None = None) -> di
 
     Rates (bool): ``sign_read`` (both digits right and crisp), ``digits_right`` (right however
     faint), ``sign_crisp``, ``ghost_signs`` (more than one sign), ``sign_lost`` (none),
-    ``whole_body``, ``pose_right``, ``arms_right``, ``legs_right`` (both present, as prompted),
-    ``ground_right``.
+    ``sign_alone`` (read, and the only one), ``whole_body``, ``pose_right``, ``arms_right``,
+    ``legs_right`` (both present, as prompted), ``all_right`` (``sign_alone``, ``whole_body`` and
+    ``pose_right``), ``ground_right``. ``sign_read`` is of the best sign, so a second one beside it
+    does not count against it.
     Counts (long): ``signs``, ``heads``, ``arms``, ``legs``; ``torso`` (bool); ``hue_mode`` (-1 off
     every mode). Measures (float): ``sign_score``, ``hue`` (degrees), ``garment_saturation``,
     ``saturation``, ``chroma``, ``contrast``, ``clipped``, ``high_frequency_share``, ``psd_slope``,
@@ -82,8 +84,11 @@ def report(images: Tensor, fields: Tensor, reading: Reading | None = None) -> di
     sign, body = seen.sign, seen.body
     digits_right = (sign.tens == fields[:, 3]) & (sign.units == fields[:, 4])
     arms_right, legs_right = body.arm_pose == fields[:, 0], body.leg_pose == fields[:, 1]
+    sign_read, pose_right = digits_right & sign.crisp, arms_right & legs_right
+    sign_alone = sign_read & (sign.count == 1)
     return {
-        "sign_read": digits_right & sign.crisp,
+        "sign_read": sign_read,
+        "sign_alone": sign_alone,
         "digits_right": digits_right,
         "sign_crisp": sign.crisp,
         "sign_score": sign.score,
@@ -97,7 +102,8 @@ def report(images: Tensor, fields: Tensor, reading: Reading | None = None) -> di
         "legs": body.legs,
         "arms_right": arms_right,
         "legs_right": legs_right,
-        "pose_right": arms_right & legs_right,
+        "pose_right": pose_right,
+        "all_right": sign_alone & body.whole & pose_right,
         "ground_right": seen.ground == fields[:, 2],
         "hue": seen.garment.hue,
         "hue_mode": seen.garment.mode,

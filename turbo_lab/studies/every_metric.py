@@ -47,11 +47,13 @@ class Metric(NamedTuple):
 
 METRICS: Mapping[str, Metric] = {
     "sign_read": Metric("signs read", "both digits right and crisp", "more", "share"),
+    "sign_alone": Metric("one sign, read", "signs read, and no second one", "more", "share"),
     "digits_right": Metric("digits right", "both right, however faint", "more", "share"),
     "ghost_signs": Metric("ghost signs", "pictures with more than one sign", "less", "share"),
     "sign_lost": Metric("signs lost", "pictures without a sign", "less", "share"),
     "whole_body": Metric("whole bodies", "all parts once, none more", "more", "share"),
     "pose_right": Metric("pose right", "arms and legs as the caption says", "more", "share"),
+    "all_right": Metric("all right", "one sign, read; body whole; pose", "more", "share"),
     "hue_kl": Metric("hue KL", "unprompted hue modes against the truth", "less", "nats"),
     "coverage": Metric("coverage", "truth of the hue modes that are there", "more", "share"),
     "diversity": Metric("diversity", "distance of one caption's pictures", "as real", "RMS"),
@@ -71,7 +73,8 @@ METRICS: Mapping[str, Metric] = {
     "fur_patches": Metric("fur: patches", "sliced W1 of patches to real", "less", "luminance"),
 }
 """By name; the order is that of tables and figures."""
-RATES = ("sign_read", "digits_right", "ghost_signs", "sign_lost", "whole_body", "pose_right")
+RATES = ("sign_read", "sign_alone", "digits_right", "ghost_signs", "sign_lost", "whole_body",
+         "pose_right", "all_right")  # fmt: skip
 DISTANCES = ("hue_kl", "chroma_w1", "moss_patches", "fur_patches")
 """To real pictures or to the truth: at least 0, and above it for real pictures too."""
 MEANS = ("saturation", "clipped", "contrast", "high_frequency_share", "psd_slope")

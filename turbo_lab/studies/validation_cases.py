@@ -16,8 +16,8 @@ SPECTRUM = ("high_frequency_share", *SLOPES)
 ENERGIES = ("moss_energy", "fur_energy")
 PATCHES = ("moss_patches", "fur_patches")
 COLOUR = ("saturation", "chroma_w1")
-LEGIBLE = ("sign_read", "digits_right")
-BODY = ("whole_body", "pose_right")
+LEGIBLE = ("sign_read", "sign_alone", "digits_right", "all_right")
+BODY = ("whole_body", "pose_right", "all_right")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,23 +114,29 @@ CASES: Mapping[str, Case] = {
     "limbs": Case(
         own={"whole_body": -1},
         coupled={
-            "a limb that lacks has no pose": ("pose_right",),
+            "a limb that lacks has no pose": ("pose_right", "all_right"),
             "ground takes the place of bright skin": ("contrast", *COLOUR),
         },
     ),
     "pose": Case(
-        own={"pose_right": -1},
+        own={"pose_right": -1, "all_right": -1},
         coupled={"a caption's pictures have both poses": ("diversity",)},
     ),
     "glyph erosion": Case(
         own={"sign_read": -1},
         coupled={
-            "too few pixels tell the digits": ("digits_right", "sign_lost"),
+            "too few pixels tell the digits": (
+                "sign_alone",
+                "digits_right",
+                "sign_lost",
+                "all_right",
+            ),
             "ink is the finest detail and the darkest": ("contrast", *SPECTRUM),
         },
     ),
     "digit swap": Case(
-        own={"digits_right": -1}, coupled={"reading includes the digits": ("sign_read",)}
+        own={"digits_right": -1},
+        coupled={"reading includes the digits": ("sign_read", "sign_alone", "all_right")},
     ),
     "sign loss": Case(
         own={"sign_lost": 1},
@@ -140,8 +146,9 @@ CASES: Mapping[str, Case] = {
         },
     ),
     "ghost sign": Case(
-        own={"ghost_signs": 1},
+        own={"ghost_signs": 1, "sign_alone": -1},
         coupled={
+            "a picture is right with one sign": ("all_right",),
             _PLATE: ("diversity", *COLOUR, "contrast", *SPECTRUM),
         },
     ),
