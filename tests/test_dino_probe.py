@@ -79,7 +79,8 @@ def test_tables_and_ratios_are_counts_of_wrong_answers(tmp_path: Path) -> None:
     figure = dino_probe.figure(dino_probe.table(found))
     dots = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
     heights = [float(y) for line in dots for y in line.get_ydata()]  # type: ignore[union-attr]
-    assert heights == [float(wrong[n][k].mean()) for n in dino_probe.NETWORKS for k in range(6)]
+    shares = [100 * wrong[n][k].mean() for n in dino_probe.NETWORKS for k in range(6)]
+    assert heights == pytest.approx(shares)
 
 
 def test_the_whole_probe_runs_on_any_networks_and_the_ceiling_trains(

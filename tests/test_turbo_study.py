@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -212,11 +214,9 @@ def test_tables_and_figures_are_drawn(ladder: Ladder, tmp_path: Path) -> None:
     assert shown.count("\n| ") == 1 + 9 and "pictures.png" in shown
     assert set(turbo.failures(ladder).index) == set(turbo.FAILURES.values())
     assert list(turbo.wide(ladder, rows, "sign_read").index) == list(turbo.TITLES.values())
-    frames = turbo_figures.path_frames(
-        ladder.lab, ladder.scenes.tokens[:2], seed=0, shown=(0, 9, 39)
-    )
+    frames = turbo_figures.path_frames(ladder, [1, 0], seed=0, shown=(0, 9, 39))
     assert [len(v) for v in frames.values()] == [3, 2]
-    last = ladder.plain[turbo.TEACHER][0].images[:2]
+    last = ladder.plain[turbo.TEACHER][0].images[[1, 0]]
     assert torch.allclose(frames[turbo.TEACHER][-1], last, atol=1e-4)
     with Image.open(turbo_figures.save_path_gif(frames, tmp_path / "path.gif")) as gif:
         assert getattr(gif, "n_frames", 0) == 3
@@ -228,6 +228,12 @@ def test_tables_and_figures_are_drawn(ladder: Ladder, tmp_path: Path) -> None:
         turbo_figures.path_strip(frames, (0, 9, 39)),
     ):
         assert isinstance(figure, Figure)
+
+
+def test_the_path_is_shown_of_pictures_that_the_teacher_gets_right() -> None:
+    found = SimpleNamespace(values={"all_right": np.array([0.0, 1.0, 1.0, 0.0, 1.0])})
+    told = cast(Ladder, SimpleNamespace(found={turbo.TEACHER: [found]}))
+    assert turbo_figures.settled(told, 2) == [1, 2] and turbo_figures.settled(told, 9) == [1, 2, 4]
 
 
 def test_the_explorer_shows_what_the_oracles_see(

@@ -296,6 +296,8 @@ TERMS = {
     "student/method_pull": "gradient of DMD2 at x",
     "student/gan_pull": "gradient of the GAN at x",
 }
+LOSSES = ("critic/teacher", "critic/student")
+"""Those that are log 2 for a critic that guesses."""
 
 
 def curves(comparison: Comparison) -> pd.DataFrame:

@@ -21,6 +21,7 @@ from turbo_lab.studies.adversarial import (
     CONTROL,
     FLOOR,
     GAN,
+    LOSSES,
     TEACHER,
     TERMS,
     TITLES,
@@ -182,6 +183,8 @@ def ablations(rows: pd.DataFrame, metrics: Sequence[str]) -> Figure:
 def training(curves: pd.DataFrame) -> Figure:
     """What the GAN term's own curves look like: one panel per term, one line per training.
 
+    The dashed line is log 2, the loss of a critic that guesses.
+
     Args:
         curves: of `turbo_lab.studies.adversarial.curves`.
     """
@@ -194,7 +197,12 @@ def training(curves: pd.DataFrame) -> Figure:
                 main = str(student).startswith("main")
                 colour = ACCENT if main else COLOURS[1 + k - len(mains)]
                 label = {**dict.fromkeys(mains), mains[0]: "main"}.get(student, str(student))
-                axis.plot(part["step"], part["value"], color=colour, lw=1, label=label)
+                axis.plot(
+                    part["step"], part["value"], color=colour, lw=1.6 if main else 0.9, label=label,
+                    zorder=3 if main else 2,
+                )  # fmt: skip
+            if term in LOSSES:
+                axis.axhline(np.log(2), color=SOFT, ls="--", lw=1)
             axis.set_title(title, fontsize=8)
         for axis in figure.axes[3:]:  # the lower row
             axis.set_xlabel("rounds of training", fontsize=8)
@@ -233,13 +241,16 @@ def hurts(comparison: Comparison, *, count: int = 12, seed: int = 0) -> Figure:
 
 
 def _changed(comparison: Comparison, seed: int) -> dict[str, Tensor]:
-    """Rows of the pictures that the GAN broke, and of those that it mended."""
+    """Rows of the pictures that the GAN broke, and of those that it mended.
+
+    A picture is right with a whole body and one sign, which can be read.
+    """
+    found = [comparison.measured[f].values for f in (GAN, CONTROL)]
     with_, without = (
         torch.from_numpy(
-            comparison.measured[f].values["whole_body"][seed]
-            * comparison.measured[f].values["sign_read"][seed]
+            v["whole_body"][seed] * v["sign_read"][seed] * (1 - v["ghost_signs"][seed])
         ).bool()
-        for f in (GAN, CONTROL)
+        for v in found
     )
     return {
         "right without, wrong with it": (without & ~with_).nonzero()[:, 0],

@@ -285,14 +285,14 @@ def figure(rows: pd.DataFrame) -> Figure:
         axis = drawn.subplots()
         for k, network in enumerate(shown):
             one = rows[rows["network"] == network].set_index("target").loc[list(TARGETS)]
-            error = np.abs([one["value"] - one["low"], one["high"] - one["value"]])
+            error = 100 * np.abs([one["value"] - one["low"], one["high"] - one["value"]])
             places = np.arange(len(one)) + 0.2 * (k - (len(shown) - 1) / 2)
             axis.errorbar(
-                places, one["value"], yerr=error, fmt="o", ms=5, lw=1, capsize=2,
+                places, 100 * one["value"], yerr=error, fmt="o", ms=5, lw=1, capsize=2,
                 color=colours[network], label=NETWORKS[network],
             )  # fmt: skip
         axis.axhline(0, color=SOFT, lw=0.6, zorder=0)
         axis.set_xticks(range(len(TARGETS)), list(TARGETS))
-        axis.set(ylabel="error of a linear probe (share)")
+        axis.set(ylabel="wrong answers of a linear probe (%)")
         axis.legend(fontsize=8)
     return drawn

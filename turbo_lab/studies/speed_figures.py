@@ -10,7 +10,8 @@ from turbo_lab.figures import ACCENT, INK, SECOND, SOFT, THIRD, style
 from turbo_lab.studies.speed import FUSED, SHARES, WAYS, Speed, parts, table
 from turbo_lab.studies.speed_clock import APART, PARTS, TEACHERS, TOGETHER
 
-COLOURS = dict(zip(PARTS, (SECOND, THIRD, ACCENT, SOFT), strict=True))
+REST = "everything else"
+COLOURS = {"network": SECOND, REST: ACCENT}
 MARKS = {TOGETHER: ("o", INK), APART: ("s", ACCENT)}
 
 
@@ -52,23 +53,33 @@ def _marks(axis: Axes, rows: object) -> None:
 
 
 def parts_figure(speed: Speed, steps: int = 40) -> Figure:
-    """Draw where the time of a picture goes; equal bars would be a ratio at the limit."""
+    """Draw the time of a picture, the teacher's divided by the ratio of the forwards.
+
+    Where a teacher's bar is as long as the student's, the student is as many times as fast.
+    """
     rows = parts(speed, steps)
-    share = f"{steps} steps / {speed.limit(steps):g}"
+    rows[REST] = rows[[part for part in PARTS if part != "network"]].sum(axis=1)
+    share = f"teacher's time / {speed.limit(steps):g}"
     titles = {**{g: f"{share}, {title}" for g, title in TEACHERS.items()}, **WAYS}
     with style():
-        figure = Figure(figsize=(7.6, 1.9), layout="constrained")
+        figure = Figure(figsize=(7.6, 2.0), layout="constrained")
         axes = figure.subplots(1, len(speed.batches), squeeze=False, sharey=True)[0]
         for axis, batch in zip(axes, speed.batches, strict=True):
             own = rows[rows["batch"] == batch].set_index("who").reindex(list(titles))
             left = np.zeros(len(own))
-            for part, label in PARTS.items():
-                axis.barh(range(len(own)), own[part], left=left, color=COLOURS[part], label=label)
+            for part, colour in COLOURS.items():
+                axis.barh(range(len(own)), own[part], left=left, color=colour, label=part)
                 left += np.maximum(own[part].to_numpy(), 0)
+            for y, whole in enumerate(left):
+                axis.annotate(
+                    f"{whole:.1f}", (whole, y), (3, 0), textcoords="offset points", fontsize=7,
+                    va="center",
+                )  # fmt: skip
+            axis.set_xlim(0, 1.15 * left.max())
             axis.set_yticks(range(len(own)), list(titles.values()), fontsize=7)
             axis.set_title(f"{batch} picture{'s' * (batch > 1)} at a time")
             axis.set_xlabel("ms per picture")
         axes[0].invert_yaxis()
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7)
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=7)
     return figure

@@ -16,9 +16,11 @@ from turbo_lab import claims as cl
 from turbo_lab import figures
 from turbo_lab.claims import Claim, Interval, Side
 from turbo_lab.lab import TEACHER_GUIDANCE, TEACHER_STEPS, Lab, Samples, Sampling
+from turbo_lab.methods.flow import FlowMatching
 from turbo_lab.path import TerminalWarning, qwen_mu, shift_from_mu, time_grid
 from turbo_lab.postcards.captions import GROUNDS
 from turbo_lab.quality import TITLES, Yardstick, long_table, per_image
+from turbo_lab.recipes import Recipe
 from turbo_lab.sample import sample
 from turbo_lab.streams import noise
 from turbo_lab.testbeds.points import points
@@ -175,7 +177,11 @@ def clock(sweep: Sweep) -> pd.DataFrame:
 def steps_figure(sweep: Sweep, *, columns: int = 10) -> Figure:
     """The picture to remember: one row per number of steps, one column per caption and noise."""
     shown = sorted({at for at in sweep.samples if at in (40, 20, 8, 4, 2, 1)}, reverse=True)
-    return _strips(sweep, shown, columns, lambda at: f"{at:g} steps\n{sweep.samples[at].nfe:g} NFE")
+
+    def label(at: float) -> str:
+        return f"{at:g} step{'s' * (at > 1)}\n{sweep.samples[at].nfe:g} NFE"
+
+    return _strips(sweep, shown, columns, label)
 
 
 def guidance_figure(sweep: Sweep, *, columns: int = 10) -> Figure:
@@ -202,13 +208,38 @@ def qwen_schedules() -> dict[str, list[float]]:
     return {name: [round(t, 4) for t in grid.tolist()] for name, grid in grids.items()}
 
 
+def curriculum(recipe: Recipe) -> pd.DataFrame:
+    """What each stage of a teacher's training draws: one row per stage, shares of its pictures.
+
+    Posters are full of signs, busts of garments, see `turbo_lab.testbeds.postcards.train_batch`;
+    ``shift`` is that of the training times, ``blocks`` are the network's.
+    """
+    rows, blocks = [], recipe.net.layers
+    for number, stage in enumerate(recipe.stages, start=1):
+        blocks = stage.layers or blocks
+        practice = {"posters": stage.posters, "busts": stage.busts or 0.0}
+        shares = {"postcards": 1 - sum(practice.values()), **practice}
+        rows.append(
+            {
+                "stage": number,
+                "steps": stage.steps,
+                **{name: f"{share:.0%}" if share else "" for name, share in shares.items()},
+                "signs on a grid of": f"{stage.sign_grid} pixels" if stage.sign_grid > 1 else "",
+                "shift": stage.options.get("shift", FlowMatching.shift),
+                "blocks": blocks,
+            }
+        )
+    return pd.DataFrame(rows).set_index("stage")
+
+
 def rates(sweep: Sweep, at: float) -> str:
     """The three rates that name a failure, as one short text."""
     found = sweep.table[sweep.table[sweep.axis] == at].set_index("metric")["value"]
     return (
         f"signs read {found['sign_read']:.0%}\n"
         f"ghost signs {found['ghost_signs']:.0%}, lost {found['sign_lost']:.0%}\n"
-        f"whole bodies {found['whole_body']:.0%}\nmoss energy {found.get('moss_energy', 0):.0%}"
+        f"whole bodies {found['whole_body']:.0%}\n"
+        f"moss energy {found.get('moss_energy', 0):.0%} of real"
     )
 
 

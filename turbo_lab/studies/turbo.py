@@ -62,8 +62,9 @@ RIVALS = (TEACHER, NAIVE, *(name for name in LADDER if name != TURBO))
 """Who the turbo student is tested against."""
 PRIMARY = ("sign_read", "whole_body", "hue_kl", "chroma_w1", "moss_patches", "fur_patches")
 """Metrics that are tested; the others are shown."""
-SHOWN = (*PRIMARY, "ghost_signs", "saturation", "clipped", "moss_energy", "fur_energy",
-         "high_frequency_share", "diversity", "coverage", "psd_slope")  # fmt: skip
+SHOWN = (*PRIMARY, "sign_alone", "ghost_signs", "sign_lost", "pose_right", "all_right",
+         "saturation", "clipped", "contrast", "moss_energy", "fur_energy", "high_frequency_share",
+         "diversity", "coverage", "psd_slope")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,9 +254,13 @@ def wide(ladder: Ladder, rows: pd.DataFrame, *metrics: str) -> pd.DataFrame:
     for rung in TITLES:
         of = rows[rows["rung"] == rung].set_index("metric")
         nfe = "" if rung == REAL else f"{ladder.nfe(rung):g}"
-        texts = {METRICS[m].title: _text(of.loc[m]) for m in metrics}
+        texts = {_marked(m): _text(of.loc[m]) for m in metrics}
         out[TITLES[rung]] = {"NFE": nfe, **texts}
     return pd.DataFrame(out).T
+
+
+def _marked(metric: str) -> str:
+    return METRICS[metric].title + ARROWS[METRICS[metric].better]
 
 
 def _text(row: pd.Series) -> str:
@@ -298,9 +303,11 @@ def pairs(ladder: Ladder, one: str, other: str) -> tuple[Sequence[Found], Sequen
     return ours, theirs
 
 
-COLUMNS = {"sign_read": 2, "whole_body": 2, "hue_kl": 2, "moss_patches": 3, "fur_patches": 3}
+COLUMNS = {"sign_read": 2, "whole_body": 2, "all_right": 2, "hue_kl": 2, "moss_patches": 3,
+           "fur_patches": 3}  # fmt: skip
 """Metrics of the README's table and their digits."""
-
+ARROWS = {"more": " ↑", "less": " ↓", "as real": ""}
+"""Which way is better, as tables mark it."""
 
 HEADLINE = (REAL, TEACHER, NAIVE, "progressive-more", "consistency-more", COLD, WARM, TURBO, LONG)
 """Rows of the README's table."""
@@ -317,12 +324,13 @@ def headline(ladder: Ladder, rows: pd.DataFrame) -> dict[str, Any]:
         out.append({"title": TITLES[rung], "nfe": nfe, "values": values})
     return {
         "columns": [
-            {"key": m, "title": METRICS[m].title, "digits": digits} for m, digits in COLUMNS.items()
+            {"key": m, "title": _marked(m), "digits": digits} for m, digits in COLUMNS.items()
         ],
         "rows": out,
         "note": f"{ladder.budget.captions} held-out captions, {ladder.budget.most} trainings of "
         f"the turbo student and {ladder.budget.seeds} or more of the others, means with 95% "
-        "intervals over trainings and captions.",
+        "intervals over trainings and captions; students with 2 NFE take steps at times 1 and "
+        f"{SECOND:g}. ↑ more is better, ↓ less.",
     }
 
 

@@ -17,7 +17,7 @@ from turbo_lab.atomic import atomic_write_bytes
 from turbo_lab.charts import Band
 from turbo_lab.field import guided
 from turbo_lab.figures import ACCENT, SECOND, SOFT, bare, contact_sheet, style
-from turbo_lab.lab import TEACHER_GUIDANCE, TEACHER_STEPS, Lab
+from turbo_lab.lab import TEACHER_GUIDANCE, TEACHER_STEPS
 from turbo_lab.path import grid_from_times, time_grid
 from turbo_lab.recipes.turbo import LONG, TURBO
 from turbo_lab.recipes.turbo import SECOND as SECOND_TIME
@@ -91,7 +91,7 @@ def dots(rows: pd.DataFrame, metrics: Sequence[str]) -> Figure:
 def differences(tests: pd.DataFrame) -> Figure:
     """Turbo minus each rival, in the direction that is better: right of the line turbo is better.
 
-    Filled dots are differences whose corrected p is below 0.05.
+    Filled dots are differences whose corrected p is below 0.05 and whose interval excludes 0.
 
     Args:
         tests: of `turbo_lab.studies.turbo.tests`.
@@ -109,7 +109,7 @@ def differences(tests: pd.DataFrame) -> Figure:
             for y, rival in enumerate(RIVALS):
                 row = of.loc[rival]
                 ends = sorted(sign * row[k] for k in ("low", "high"))
-                sure = row["holm"] < 0.05
+                sure = row["holm"] < 0.05 and (ends[0] > 0 or ends[1] < 0)
                 colour = ACCENT if rival in ABLATIONS else SECOND
                 axis.plot(ends, [y, y], color=colour, lw=1)
                 axis.plot(
@@ -118,6 +118,7 @@ def differences(tests: pd.DataFrame) -> Figure:
                 )  # fmt: skip
             axis.locator_params(axis="x", nbins=3)
             axis.set_title(METRICS[metric].title, fontsize=8)
+            axis.set_xlabel(METRICS[metric].unit, fontsize=7)
             axis.grid(axis="y", color=SOFT, alpha=0.2)
         labels = [f"against {TITLES[rival]}" for rival in RIVALS]
         axes[0].set_yticks(range(len(RIVALS)), labels, fontsize=8)
@@ -155,15 +156,25 @@ def _failures(ladder: Ladder, kind: str, count: int) -> tuple[Tensor, float]:
     return both[:count], float(np.mean(wrong))
 
 
+def settled(ladder: Ladder, count: int) -> list[int]:
+    """The first captions, at most so many, of which the teacher gets all right in 40 steps."""
+    (found,) = ladder.found[TEACHER]
+    return np.flatnonzero(found.values["all_right"])[:count].tolist()
+
+
 @torch.no_grad()
 def path_frames(
-    lab: Lab, tokens: Tensor, *, seed: int, shown: Sequence[int] = (0, 1, 2, 4, 8, 16, 28, 39)
+    ladder: Ladder,
+    captions: Sequence[int],
+    *,
+    seed: int,
+    shown: Sequence[int] = (0, 1, 2, 4, 8, 16, 28, 39),
 ) -> dict[str, list[Tensor]]:
     """What each sampler takes for the clean picture, step by step.
 
     Args:
-        lab: with the teacher.
-        tokens: of the captions ``[n, 5]``.
+        ladder: with all samples.
+        captions: which of its captions, n of them; each has its own noise.
         seed: of the noise.
         shown: steps of the teacher that are kept, from 0.
 
@@ -171,14 +182,15 @@ def path_frames(
         By sampler, predictions ``[n, 3, 32, 32]``: of the teacher for the shown steps, of the
         turbo student for both of its steps.
     """
+    lab = ladder.lab
     student = lab.student(TURBO, steps=STEPS)
-    z = noise(lab.testbed.shape, seed=seed, stream="z", indices=range(len(tokens))).to(lab.device)
+    z = noise(lab.testbed.shape, seed=seed, stream="z", indices=captions).to(lab.device)
     teacher = guided(lab.testbed.net, lab.testbed.null, TEACHER_GUIDANCE)
     runs = {
         TEACHER: (teacher, time_grid(TEACHER_STEPS), tuple(shown)),
         TURBO: (student.field, grid_from_times((1.0, SECOND_TIME)), (0, 1)),
     }
-    c = tokens.to(lab.device)
+    c = ladder.scenes.tokens[list(captions)].to(lab.device)
     return {
         name: [
             lab.testbed.decode(state.x_hat).cpu()
