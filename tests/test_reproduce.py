@@ -28,7 +28,9 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "figures").mkdir()
     before = [claim("T1", "holds"), claim("T2", "holds"), claim("B1", "holds", "02_blur")]
     (tmp_path / "figures" / "claims.json").write_text(json.dumps(before))
+    notebooks = places.notebook_dir()
     monkeypatch.setattr(places, "root", lambda: tmp_path)
+    monkeypatch.setattr(places, "notebook_dir", lambda: notebooks)
     return tmp_path
 
 
@@ -86,6 +88,19 @@ def test_notebooks_that_come_one_by_one_share_what_was_trained(
     assert (found[1].cache / "01_teacher").exists()
     reproduce.reproduce(only=["01"])  # which has ended: nothing is left of either
     assert not (found[2].cache / "02_blur").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"device": "tpu"}, {"jobs": -3}, {"only": ["01", "99"]}])
+def test_a_run_that_cannot_start_removes_nothing(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]
+) -> None:
+    found: list[Store] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "run", notebooks(found))
+        reproduce.reproduce(only=["01"])
+    with pytest.raises(BadInput):
+        reproduce.reproduce(**{"only": ["01"], **wrong})
+    assert (found[0].cache / "trained").is_dir()
 
 
 def test_what_is_kept_lies_in_the_store_as_it_was_shipped(

@@ -79,6 +79,14 @@ def reproduce(
         raise BadInput("profile", profile, f"use {' or '.join(PROFILES)}: others train nothing new")
     kept = list(_shipped(keep))
     folder = places.run_dir("reproduce") / profile
+    asked: dict[str, Any] = {
+        "profile": profile,
+        "only": only,
+        "jobs": jobs,
+        "parameters": {"device": device, "out_dir": str(folder / "figures")},
+        "cell_seconds": CELL_SECONDS,
+    }
+    runner.chosen(**asked)  # hours of training are not removed for a run that cannot start
     ended = folder / "ended"
     before = [one.name for one in ended.iterdir()] if ended.is_dir() else []
     if any(name.startswith(tuple(only) or "") for name in before):
@@ -86,21 +94,14 @@ def reproduce(
     for source in kept:
         with atomic_folder(folder / "store" / source.parent.name / source.name) as target:
             shutil.copytree(source, target, dirs_exist_ok=True)
-    figures = folder / "figures"
     with _environment({CACHE_VARIABLE: str(folder / "store"), SHIPPED_VARIABLE: "none"}):
-        outcomes = runner.run(
-            profile=profile,
-            only=only,
-            jobs=jobs,
-            parameters={"device": device, "out_dir": str(figures)},
-            cell_seconds=CELL_SECONDS,
-        )
+        outcomes = runner.run(**asked)
     if all(not one.problem for one in outcomes):
         ended.mkdir(parents=True, exist_ok=True)
         for one in outcomes:
             atomic_write_text(ended / one.name, "")
     names = {one.name for one in outcomes}
-    return outcomes, changes(_claims(places.root() / "figures"), _claims(figures), names)
+    return outcomes, changes(_claims(places.root() / "figures"), _claims(folder / "figures"), names)
 
 
 def _shipped(names: Sequence[str]) -> Iterator[Path]:

@@ -54,18 +54,14 @@ def run(
             raised before any kernel starts.
         MissingPiece: there are no notebooks.
     """
-    if profile not in PROFILES:
-        raise BadInput("profile", profile, "use one of " + ", ".join(map(repr, PROFILES)))
-    if jobs < 0 or cell_seconds < 0:
-        raise BadInput("jobs, cell_seconds", (jobs, cell_seconds), "use integers of at least 0")
-    values = {key: plain_value(value) for key, value in (parameters or {}).items()}
-    if values.setdefault("profile", profile) != profile:
-        raise BadInput("profile", values["profile"], "give it once, as the profile of the run")
-    notebooks = discover(folder or places.notebook_dir(), only)
-    if not notebooks:
-        raise MissingPiece(f"There are no notebooks in {folder or places.notebook_dir()}.")
-    for notebook in notebooks:
-        check_parameters(notebook, values)
+    notebooks, values = chosen(
+        profile=profile,
+        only=only,
+        jobs=jobs,
+        parameters=parameters,
+        folder=folder,
+        cell_seconds=cell_seconds,
+    )
     order = ordered(notebooks)
     seconds = cell_seconds or CELL_SECONDS[profile]
     with _workplace(profile) as work:
@@ -78,6 +74,39 @@ def run(
         outcomes = _pool(todo, order, jobs or min(cores(), max(1, len(todo)), 4))
     gather(places.figure_dir(profile, values.get("out_dir", "")))
     return outcomes
+
+
+def chosen(
+    *,
+    profile: str,
+    only: Sequence[str] = (),
+    jobs: int = 0,
+    parameters: Mapping[str, Any] | None = None,
+    folder: Path | None = None,
+    cell_seconds: int = 0,
+) -> tuple[list[Notebook], dict[str, Any]]:
+    """Check what `run` is asked for, without starting anything.
+
+    Returns:
+        The notebooks of a run and the parameters that each is given.
+
+    Raises:
+        BadInput: a wrong profile, name, parameter or job count.
+        MissingPiece: there are no notebooks.
+    """
+    if profile not in PROFILES:
+        raise BadInput("profile", profile, "use one of " + ", ".join(map(repr, PROFILES)))
+    if jobs < 0 or cell_seconds < 0:
+        raise BadInput("jobs, cell_seconds", (jobs, cell_seconds), "use integers of at least 0")
+    values = {key: plain_value(value) for key, value in (parameters or {}).items()}
+    if values.setdefault("profile", profile) != profile:
+        raise BadInput("profile", values["profile"], "give it once, as the profile of the run")
+    notebooks = discover(folder or places.notebook_dir(), only)
+    if not notebooks:
+        raise MissingPiece(f"There are no notebooks in {folder or places.notebook_dir()}.")
+    for notebook in notebooks:
+        check_parameters(notebook, values)
+    return notebooks, values
 
 
 def refresh(only: Sequence[str] = (), jobs: int = 0) -> list[Outcome]:
