@@ -103,8 +103,8 @@ _INGREDIENTS: tuple[tuple[str, str, str, Side, str], ...] = (
     ("L-dmd2-bodies", COLD, "whole_body", "above", "has more whole bodies than DMD2 alone"),
     ("L-dmd2-fur", COLD, "fur_patches", "below", "is nearer to real fur than DMD2 alone"),
     ("L-gan-fur", WARM, "fur_patches", "below", "is nearer to real fur than without its GAN term"),
-    ("L-gan-signs", WARM, "sign_alone", "above", "has one sign, which is read, in more pictures than "
-     "without its GAN term"),
+    ("L-gan-signs", WARM, "sign_alone", "above", "has one sign, which is read, in more "
+     "pictures than without its GAN term"),
     ("L-gan-chroma", WARM, "chroma_w1", "below", "has truer colours than without its GAN term"),
     ("L-warm", "turbo-cold", "whole_body", "above", "has more whole bodies than without a warm "
      "start"),
