@@ -36,7 +36,7 @@ LEGEND: Mapping[str, str] = MappingProxyType(
         "fake_range": "the same where the fake score learns",
         "noise_shift": "above 1, more of those times lie at high noise",
         "fake_shift": "the same where the fake score learns",
-        "shift": "above 1, more of the training times lie at high noise; here that of the size",
+        "shift": "above 1, more of the training times lie at high noise; the size's own",
     }
 )
 """What the options of methods mean, by the names that ``--dry-run`` and ``--set`` use."""

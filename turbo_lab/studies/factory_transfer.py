@@ -19,6 +19,7 @@ from turbo_lab.claims import Interval
 from turbo_lab.factory_cost import Cost, costs
 from turbo_lab.recipes import turbo as miniature
 from turbo_lab.recipes.adversarial import MAIN, START
+from turbo_lab.recipes.distribution import SECOND
 from turbo_lab.recipes.qwen_image import QwenRecipe
 from turbo_lab.recipes.qwen_models import QwenGan
 from turbo_lab.recipes.warm import SHARE, STARTS
@@ -251,9 +252,16 @@ LESSONS = (
         option=lambda r: "--set all.options.times=1,0.5 --set 1.options.edges=0.5",
     ),
     Lesson(
-        about="a warm start",
+        about=f"a warm start, second time {_MINIATURE.second:g}",
         source=Claimed(notebook=_06, id="L-warm"),
-        does=lambda r: r.stages[0].method if len(_stages(r)) > 1 else "none",
+        does=lambda r: f"{r.stages[0].method}, second time {_second(r):g}",
+        same=lambda r: len(_stages(r)) > 1,
+        option=lambda r: "--recipe dmd2-2, which has no GAN term either",
+    ),
+    Lesson(
+        about=f"a warm start, second time {SECOND:g}",
+        source=Claimed(notebook=_04, id="C4-bodies"),
+        does=lambda r: f"{r.stages[0].method}, second time {_second(r):g}",
         same=lambda r: len(_stages(r)) > 1,
         option=lambda r: "--recipe dmd2-2, which has no GAN term either",
     ),
