@@ -116,6 +116,54 @@ def test_qwen_image_is_planned_without_a_gpu_and_trained(
     assert gone.stderr.count("\n") == 1
 
 
+def test_the_printed_command_is_planned(
+    empty: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the notebooks print, on prompts and pictures as it asks for, with other numbers."""
+    from turbo_lab.studies.factory_recipes import commands
+
+    tiny_qwen.write_prompts(empty / "prompts.txt", "a cat", "a dog")
+    tiny_qwen.write_images(empty / "photos", n=2)
+    command = [*commands(["turbo"], size=64).split()[1:], "--dry-run", "--model", str(tiny_model)]
+    planned = CliRunner().invoke(app, [*command, "--set", "all.options.times=1,0.5"])
+    assert planned.exit_code == 0, planned.output
+    recipe = json.loads(planned.stdout.partition("\n\n")[0])
+    assert recipe["source"] == "images" and recipe["stages"][2]["gan"]["rho"] == 0.5
+    assert [stage["options"].get("times") for stage in recipe["stages"]] == [None, *[[1, 0.5]] * 2]
+    assert "2 images" in planned.stdout and "samples of the teacher" in planned.stdout
+    refused = CliRunner().invoke(app, [*command, "--set", "9.steps=1"])
+    assert refused.exit_code == 2
+    assert refused.stderr == (
+        "turbo-lab: set='9.steps=1' is not allowed: begin with a stage from 1 to 3, or with all.\n"
+    )
+
+
+def test_qwen_image_is_planned_where_it_is_not(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its published sizes, and only to be planned; of other models nothing is known."""
+    from turbo_lab.testbeds import qwen_files
+
+    def nowhere(model: str, *_: object, **__: object) -> Path:
+        raise qwen_files._nowhere(model, "the hub says nothing")
+
+    monkeypatch.setattr(qwen_files, "_fetched", nowhere)
+    monkeypatch.setenv("TURBO_LAB_CACHE", str(empty / "cache"))
+    prompts = tiny_qwen.write_prompts(empty / "prompts.txt", "a cat", "a dog")
+    command = ["train", "qwen_image", "--recipe", "pcm", "--prompts", str(prompts)]
+    command += ["--size", "1024"]
+    planned = CliRunner().invoke(app, [*command, "--dry-run", "--device", "cuda"])
+    assert planned.exit_code == 0, planned.output
+    lines = planned.stdout.splitlines()
+    assert sum("is not at hand: sizes are those of Qwen-Image" in line for line in lines) == 1
+    assert f"{'base':18s}{'40.87 GB':>12s}" in lines  # 2 x 20,430,401,088, rounded up
+    other = CliRunner().invoke(app, [*command, "--dry-run", "--model", "some/other"])
+    assert other.exit_code == 1 and other.stderr.startswith("turbo-lab: There is no pipeline")
+    trained = CliRunner().invoke(app, [*command, "--device", "cpu"])
+    assert trained.exit_code == 1 and trained.stderr.startswith("turbo-lab: There is no pipeline")
+    assert not (empty / "cache").exists()
+
+
 def test_usage_errors_end_with_2() -> None:
     assert CliRunner().invoke(app, ["figures", "--prfile", "quick"]).exit_code == 2
     assert CliRunner().invoke(app, ["paint"]).exit_code == 2

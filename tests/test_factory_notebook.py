@@ -13,6 +13,7 @@ from turbo_lab import explore
 from turbo_lab.errors import BadInput
 from turbo_lab.lab import Lab
 from turbo_lab.qwen_workshop import TINY_SIZE, Workshop, workshop
+from turbo_lab.recipes.qwen_image import QWEN_RECIPES, resolve_qwen
 from turbo_lab.studies import factory_claims, factory_network, factory_pictures, factory_recipes
 from turbo_lab.studies.factory_claims import STATED, Equality
 from turbo_lab.studies.factory_pictures import Budget, LastTimes
@@ -73,10 +74,28 @@ def test_what_is_counted_is_the_stated_size() -> None:
 def test_the_factorys_turbo_is_shown_stage_by_stage_with_its_critic() -> None:
     stages = factory_recipes.resolved(["turbo"])
     assert list(stages.index) == [("turbo", k) for k in (1, 2, 3)]
-    assert "critic 0.002" in stages["rates"].iloc[-1]
+    assert "critic 0.002" in stages["learning rates"].iloc[-1]
+    assert list(stages["learns from"]) == ["real images", "prompts alone", "prompts alone"]
+    assert stages["critic's real side"].iloc[-1].startswith("50% real images")
     critics = factory_recipes.critics(["pcm", "turbo"])
     assert list(critics.index) == [("turbo", 3)]
-    assert critics["decoded"].iloc[0] == "256 px" and critics["real images"].iloc[0] == "0%"
+    assert critics["decoded"].iloc[0] == "256 px"
+    assert critics["its real side"].iloc[0] == stages["critic's real side"].iloc[-1]
+
+
+def test_commands_train_what_the_tables_show() -> None:
+    with_critic, without = factory_recipes.commands(["turbo", "pcm"], size=512).splitlines()
+    assert with_critic.endswith("--prompts prompts.txt --images photos/ --size 512")
+    assert without.endswith("--prompts prompts.txt --size 512")
+    assert factory_recipes.chosen("turbo") == resolve_qwen("turbo", size=1024, images=True)
+    assert list(factory_recipes.resolved(["pcm"])["learns from"]) == ["teacher's samples"]
+
+
+def test_every_option_of_every_recipe_is_explained() -> None:
+    used = {o for n in QWEN_RECIPES for s in resolve_qwen(n, size=64).stages for o in s.options}
+    assert used == factory_recipes.LEGEND.keys()
+    lines = factory_recipes.legend(["progressive"]).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["steps", "teacher_steps", "shift"]
 
 
 def test_memory_at_full_size_follows_from_ranks_and_widths() -> None:

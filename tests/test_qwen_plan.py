@@ -142,6 +142,16 @@ def test_a_small_card_decodes_in_tiles() -> None:
 # --- text ---------------------------------------------------------------------------------------
 
 
+def test_tables_say_how_many_pictures_their_seconds_are_of() -> None:
+    """Twice the pictures take twice the products, and the header counts them."""
+    eight = replace(WORK, batch=8)
+    table = device_table(WORK)
+    assert floors(eight).index.name == "at least, for 8 pictures of 2048 × 2048, 2 steps"
+    assert "least s for 4" in table and "its least s for 4" in table
+    assert table["least s for 4"]["H100"] == pytest.approx(floors(WORK)["bf16, s"]["H100"])
+    assert table["decodes"]["L40S"] == "in tiles of 1024 px" and table["decodes"]["H100"] == "whole"
+
+
 def test_a_driver_names_its_device_at_length() -> None:
     found = known_device("NVIDIA H100 80GB HBM3")
     assert found is not None

@@ -149,6 +149,14 @@ def train(
     keep_activations: Annotated[
         bool, typer.Option("--keep-activations", help="qwen_image: faster, and far more memory.")
     ] = False,
+    change: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="qwen_image: STAGE.NAME=VALUE, another number in the recipe that --dry-run "
+            "prints, as 2.options.rival_updates=1 or all.options.times=1,0.5; repeatable.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="qwen_image: show recipe and memory, and stop.")
     ] = False,
@@ -159,6 +167,7 @@ def train(
         **{"recipe": recipe, "model": model, "prompts": prompts, "images": images},
         **{"size": size, "rank": rank, "dry_run": dry_run, "keep_activations": keep_activations},
         **{"vit": vit, "column": column, "storage": storage, "buckets": buckets},
+        **{"set": change},
     }
     options = {option: value for option, value in chosen.items() if given(value)}
     if name == "qwen_image":
@@ -372,10 +381,13 @@ def _train_qwen(device: str, fresh: bool, options: dict[str, Any]) -> None:
     dry_run = options.pop("dry_run", False)
     known = dry_run and device in ("cpu", "cuda")  # a plan needs no GPU to be made
     place = device if known else lab.chosen_device(device)
-    job = factory_plan.check(**options, device=place)
+    changes = options.pop("set", ())
+    asked = factory_plan.asked(**options, changes=changes, device=place)
     if dry_run:
-        typer.echo(factory_memory.described(job))
-    elif (artefact := factory.train_with_progress(job, fresh=fresh)) is not None:
+        typer.echo(factory_memory.described(factory_memory.plan_of(asked)))
+        return
+    job = factory_plan.found(asked)
+    if (artefact := factory.train_with_progress(job, fresh=fresh)) is not None:
         _say(artefact)
         if job.recipe.storage:
             error = artefact.card["base_error"]

@@ -75,7 +75,7 @@ def qwen_plan(size: str, *, batch: int = 4, steps: int = 2) -> list[str]:
     shown = {
         f"{batch} pictures of {width} x {height}, {steps} steps, no guidance": counts,
         "memory, one picture at a time": qwen_plan.need_table(work),
-        "devices, by their vendors' figures; floors are reached by none": (
+        "devices, by their vendors' figures; least seconds are reached by none": (
             qwen_plan.device_table(work, [*qwen_plan.DEVICES, *_own_gpu()])
         ),
     }

@@ -5,20 +5,27 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from functools import cache
 
 import torch
+from torch import nn
 
+from turbo_lab.adapters import AdapterSize
 from turbo_lab.errors import MissingPiece
-from turbo_lab.factory_plan import Job, gans, has_before, looks_at_pictures, rivals
+from turbo_lab.factory_cost import costs, lines
+from turbo_lab.factory_plan import Asked, Job, found, gans, has_before, looks_at_pictures, rivals
 from turbo_lab.memory import gigabytes
-from turbo_lab.qwen_counts import TransformerSize
+from turbo_lab.qwen_counts import Model, TransformerSize, VaeSize
 from turbo_lab.qwen_gan import critic_bytes
+from turbo_lab.qwen_plan import ENCODER, VAE, device_named
 from turbo_lab.recipes.qwen_models import QwenRecipe
-from turbo_lab.testbeds.qwen_files import check_weights, dtype_on
-from turbo_lab.testbeds.qwen_sizes import Counts, counted_parameters
+from turbo_lab.testbeds.qwen_files import DEFAULT_MODEL, check_weights, dtype_on
+from turbo_lab.testbeds.qwen_sizes import Counts, adapter_parameters, counted_parameters
 
 RANKS = (64, 32, 16, 8, 4)
 """Ranks that are suggested where memory is short."""
+PUBLISHED_SIZES = ("Qwen/Qwen-Image", DEFAULT_MODEL)
+"""Models whose sizes are the defaults of `turbo_lab.qwen_counts.Model`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +65,43 @@ class MemoryPlan:
         return [*table, "", "needed at once, before activations:", *needs]
 
 
-def memory_plan(job: Job) -> MemoryPlan:
-    """Count the bytes of a training from settings alone; no weights are read."""
+def memory_plan(job: Asked) -> MemoryPlan:
+    """Count the bytes of a training from settings alone; no weights are read.
+
+    Where the model was not found, the settings are Qwen-Image's.
+    """
+    if isinstance(job, Job):
+        counts = counted_parameters(job.bundle, job.recipe.adapter)
+    else:
+        counts = published_counts(job.recipe.adapter)
     return planned(
         job.recipe,
-        counted_parameters(job.bundle, job.recipe.adapter),
-        TransformerSize.of(job.bundle.config("transformer")),
+        counts,
+        _model(job).transformer,
         each=torch.empty((), dtype=dtype_on(job.device)).element_size(),
         encodes=bool(job.images),
     )
+
+
+def published_counts(adapter: AdapterSize) -> Counts:
+    """Parameters of Qwen-Image's networks, and of an adapter; no file is needed."""
+    return Counts(
+        transformer=TransformerSize().parameters,
+        adapter=adapter_parameters(_empty_transformer(), adapter),
+        text_encoder=ENCODER,
+        vae=VAE,
+    )
+
+
+@cache
+def _empty_transformer() -> nn.Module:
+    """The full-size transformer, without memory."""
+    from accelerate import init_empty_weights
+    from diffusers import QwenImageTransformer2DModel
+
+    with init_empty_weights():
+        net: nn.Module = QwenImageTransformer2DModel()
+    return net
 
 
 def planned(
@@ -141,12 +176,39 @@ def _fits(job: Job, rank: int, free: int) -> bool:
     return max(memory_plan(smaller).phases.values()) <= free
 
 
-def described(job: Job) -> str:
-    """The resolved recipe and the memory plan as text."""
+def plan_of(one: Asked) -> Asked:
+    """What a plan is made from: with the model where it is at hand, else from published sizes.
+
+    Raises:
+        MissingPiece: the model is nowhere, and its sizes are not known.
+    """
+    try:
+        return found(one)
+    except MissingPiece:
+        if one.model not in PUBLISHED_SIZES:
+            raise
+        return one
+
+
+def described(job: Asked) -> str:
+    """The resolved recipe, the memory plan and what is computed, as text."""
     recipe = json.dumps(job.recipe.spec(), indent=1)
     data = f"{len(job.prompts)} prompts, {len(job.images)} images"
-    where = [f"model {job.bundle.model} on {job.device}, {data}"]
+    where = [f"model {job.model} on {job.device}, {data}"]
+    if not isinstance(job, Job):
+        where.append(f"{job.model} is not at hand: sizes are those of Qwen-Image as published")
     if job.buckets is not None:
         sizes = (f"{len(members)} of {shape}" for shape, members in job.buckets.members.items())
         where.append(f"buckets: {', '.join(sizes)}")
-    return "\n".join([recipe, "", *where, "", *memory_plan(job).lines()])
+    costed = lines(costs(job.recipe, _model(job)), device_named("H100"))
+    return "\n".join([recipe, "", *where, "", *memory_plan(job).lines(), "", *costed])
+
+
+def _model(job: Asked) -> Model:
+    """Sizes of the networks that a training runs; the text encoder's do not matter."""
+    if not isinstance(job, Job):
+        return Model()
+    return Model(
+        transformer=TransformerSize.of(job.bundle.config("transformer")),
+        vae=VaeSize.of(job.bundle.config("vae")),
+    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from turbo_lab.errors import BadInput
 from turbo_lab.features import HUB, RANDOM
 from turbo_lab.recipes.models import Profile
+from turbo_lab.recipes.qwen_changes import changed
 from turbo_lab.recipes.qwen_image import ADAPTER, QwenRecipe, resolve_qwen
 from turbo_lab.recipes.qwen_models import QwenGan
 from turbo_lab.testbeds.qwen_buckets import Buckets, Shape, shapes_of
@@ -29,12 +31,12 @@ from turbo_lab.testbeds.qwen_sources import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """A training that has been checked; build it with `check`.
+class Asked:
+    """A training of which all is checked but the model; build it with `asked`.
 
     Attributes:
         recipe: what to train.
-        bundle: the model.
+        model: what was asked for, a folder or an id.
         prompts: texts.
         images: files, one for each prompt; empty if the recipe does without.
         shapes: of the bucket of each image; empty where all are squares.
@@ -45,7 +47,7 @@ class Job:
     """
 
     recipe: QwenRecipe
-    bundle: Bundle
+    model: str
     prompts: tuple[str, ...]
     images: tuple[Picture, ...] = ()
     shapes: tuple[Shape, ...] = ()
@@ -54,14 +56,25 @@ class Job:
     vit: str = HUB
 
     @property
-    def artefact(self) -> str:
-        """Name of the artefact in the store."""
-        return f"qwen_image/{self.recipe.name}"
-
-    @property
     def buckets(self) -> Buckets | None:
         """Which batch has which shape; None where all have the same."""
         return Buckets(of=self.shapes) if self.shapes else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Asked):
+    """A training that has been checked; build it with `check`.
+
+    Attributes:
+        bundle: the model as it was found.
+    """
+
+    bundle: Bundle
+
+    @property
+    def artefact(self) -> str:
+        """Name of the artefact in the store."""
+        return f"qwen_image/{self.recipe.name}"
 
     def specs(self) -> list[dict[str, Any]]:
         """What the key of each stage is made of: the recipe so far, the model and the data."""
@@ -90,7 +103,31 @@ def _text_hash(texts: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
-def check(
+def check(**options: Any) -> Job:
+    """Resolve a training and check all of it but the memory; no weights are read, none written.
+
+    Args:
+        options: of `asked`.
+
+    Raises:
+        BadInput: a value is not allowed, or a file is not what it should be.
+        MissingPiece: the model is nowhere.
+
+    Warns:
+        CutWarning: prompts are longer than what the model reads of them.
+    """
+    return found(asked(**options))
+
+
+def found(one: Asked) -> Job:
+    """Find the model of a training; see `check`."""
+    bundle = located(one.model)
+    warn_of_cuts(bundle, one.prompts)
+    fields = {field.name: getattr(one, field.name) for field in dataclasses.fields(one)}
+    return Job(**fields, bundle=bundle)
+
+
+def asked(
     *,
     recipe: str = "",
     model: str = DEFAULT_MODEL,
@@ -106,8 +143,9 @@ def check(
     column: str = "",
     storage: str = "",
     buckets: str = "",
-) -> Job:
-    """Resolve a training and check all of it but the memory; no weights are read, none written.
+    changes: Sequence[str] = (),
+) -> Asked:
+    """Resolve a training and check all of it but the model and the memory.
 
     Args:
         recipe: name of a recipe, see `turbo_lab.recipes.qwen_image.QWEN_RECIPES`.
@@ -126,17 +164,16 @@ def check(
         column: of a table, where it is not ``prompt``.
         storage: of the frozen base in training: ``fp8``, or empty for as it was loaded.
         buckets: ``aspect`` for images in about the ratio that they have; empty for squares.
+        changes: of the recipe's numbers, see `turbo_lab.recipes.qwen_changes.changed`.
 
     Raises:
         BadInput: a value is not allowed, or a file is not what it should be.
-        MissingPiece: the model is nowhere.
-
-    Warns:
-        CutWarning: prompts are longer than what the model reads of them.
     """
     resolved = resolve_qwen(
         recipe, size=size, profile=profile, seed=seed, rank=rank, images=images is not None
     )
+    resolved = changed(resolved, changes)
+    _check_real(resolved)
     resolved = _stored(resolved, storage, keep_activations)
     resolved = _bucketed(resolved, buckets)
     _check_vit(vit, resolved)
@@ -146,11 +183,9 @@ def check(
     if files and len(files) != len(texts):
         needs = f"there are {len(files)} images; write one prompt for each, in the order of names"
         raise BadInput("prompts", f"{len(texts)} prompts", needs)
-    bundle = located(model)
-    warn_of_cuts(bundle, texts)
-    return Job(
+    return Asked(
         recipe=resolved,
-        bundle=bundle,
+        model=model,
         prompts=texts,
         images=files,
         shapes=shapes,
@@ -158,6 +193,13 @@ def check(
         keep_activations=keep_activations,
         vit=vit or HUB,
     )
+
+
+def _check_real(recipe: QwenRecipe) -> None:
+    """Refuse a critic that is to show real images where there are none."""
+    for gan in gans(recipe):
+        if gan.rho > 0 and recipe.source != "images":
+            raise BadInput("rho", gan.rho, "there are no real images to show; give --images")
 
 
 def _pictures(images: Path | None) -> tuple[tuple[Picture, ...], tuple[str, ...]]:

@@ -29,6 +29,8 @@ TEXT_TOKENS = 64
 """Of a prompt's embeddings, where nothing else is said."""
 LINEARS = ("image linears", "text linears")
 """Components that can run in fp8."""
+BACKWARD = 2.5
+"""Work of attention's backward pass, in forward passes: five products for two."""
 
 
 # --- sizes --------------------------------------------------------------------------------------
@@ -264,6 +266,27 @@ def transformer_counts(size: TransformerSize, work: Work, *, each: int = 2) -> l
         activations=work.calls * each * 14 * d * blocks,
     )
     return [*streams, attention, modulation]
+
+
+def pass_flops(
+    size: TransformerSize, work: Work, *, checkpointing: bool = True
+) -> dict[str, float]:
+    """Count one ``forward`` pass of all pictures through the transformer, and one with a gradient.
+
+    A pass with a ``gradient`` is a forward, the same again if activations are recomputed, and a
+    backward that makes no gradients of the base's weights: once the linear layers, 2.5 times the
+    attention.
+
+    Args:
+        size: of the network.
+        work: with one step.
+        checkpointing: recompute activations in the backward pass.
+    """
+    counts = transformer_counts(size, work)
+    forward = sum(count.flops for count in counts)
+    attention = sum(count.flops for count in counts if count.component == "attention")
+    backward = forward + (BACKWARD - 1) * attention
+    return {"forward": forward, "gradient": (2 if checkpointing else 1) * forward + backward}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,6 +95,11 @@ DEVICES = (
 """Datasheets that print rates with sparsity are halved. Memory is the nominal size in 10⁹ bytes."""
 
 
+def device_named(name: str) -> Device:
+    """Return a device of the table by its name."""
+    return next(one for one in DEVICES if one.name == name)
+
+
 def known_device(name: str) -> Device | None:
     """Return the device whose name is part of what a driver says, or None."""
     return next((device for device in DEVICES if device.name in name), None)
@@ -126,7 +131,7 @@ def floor_seconds(
 
 
 def floors(work: Work, model: Model | None = None) -> pd.DataFrame:
-    """One row per device: least seconds of transformer, decoder and all, in bf16 and fp8."""
+    """One row per device: least seconds of all pictures, in bf16 and fp8, and of their decoding."""
     import pandas as pd
 
     counts = counted(model or Model(), work)
@@ -139,7 +144,8 @@ def floors(work: Work, model: Model | None = None) -> pd.DataFrame:
             row[f"{precision}, s"] = sum(seconds.values()) if known else float("nan")
         row |= {"decoding, s": seconds["decoding"], "source": device.source}
         rows.append(row)
-    return pd.DataFrame(rows).set_index("device")
+    found = pd.DataFrame(rows).set_index("device")
+    return found.rename_axis(f"at least, for {said(work)}")
 
 
 # --- memory -------------------------------------------------------------------------------------
@@ -155,16 +161,19 @@ class Need:
     decoder: int
     decoding: int
 
-    @property
-    def resident(self) -> int:
-        """With encoder, transformer and VAE on the device at the same time, as stock pipelines."""
-        return self.text + self.transformer + self.decoder + max(self.activations, self.decoding)
+    def at_once(self, name: str, decoding: int | None = None) -> int:
+        """Bytes at the worst moment of a way.
 
-    @property
-    def freed(self) -> int:
-        """With the encoder freed before the transformer is loaded; both are larger than the VAE."""
-        kept = self.transformer + self.decoder + max(self.activations, self.decoding)
-        return max(self.text, kept)
+        A stock pipeline keeps encoder, transformer and VAE on the device together; elsewhere the
+        encoder is freed before the transformer is loaded, and both are larger than the VAE.
+
+        Args:
+            name: of `WAYS`.
+            decoding: bytes of it; None for a whole picture.
+        """
+        last = max(self.activations, self.decoding if decoding is None else decoding)
+        kept = self.transformer + self.decoder + last
+        return self.text + kept if name == "resident" else max(self.text, kept)
 
 
 def activation_bytes(
@@ -236,34 +245,44 @@ WAYS: Mapping[str, str] = MappingProxyType(
 """From the simplest to the most sparing; the third is exact, the fourth is not."""
 
 
+def needs(work: Work) -> dict[str, Need]:
+    """Count what each of `WAYS` holds, in their order; offloaded, two blocks at a time."""
+    bf16 = need(work)
+    return {
+        "resident": bf16,
+        "freed": bf16,
+        "known times": need(work, known_times=True),
+        "fp8": need(work, "fp8", known_times=True),
+        "offload": replace(bf16, transformer=2 * bf16.transformer // 60),
+    }
+
+
 def ways(work: Work, device: Device) -> tuple[Way, ...]:
     """Return the ways that fit in a device, the simplest first; empty if none does."""
-    counts, bf16 = counted(Model(), work), need(work)
+    counts, found = counted(Model(), work), needs(work)
     seconds = {p: sum(floor_seconds(counts, device, p).values()) for p in PRECISIONS}
-    copying = work.steps * work.passes * bf16.transformer / device.host
-    two_blocks = replace(bf16, transformer=2 * bf16.transformer // 60)
-    sparing = {
-        "freed": (bf16, seconds["bf16"]),
-        "known times": (need(work, known_times=True), seconds["bf16"]),
-        "fp8": (need(work, "fp8", known_times=True), seconds["fp8"]),
-        "offload": (two_blocks, max(seconds["bf16"], copying)),
-    }
-    found = [Way(name="resident", bytes=bf16.resident, seconds=seconds["bf16"])]
-    for name, (needed, least) in sparing.items():
-        if name != "fp8" or device.fp8 is not None:
-            found.append(_way(name, work, needed, least, device))
-    return tuple(way for way in found if way.bytes <= device.memory - RESERVE)
+    copying = work.steps * work.passes * found["resident"].transformer / device.host
+    least = {name: seconds["fp8" if name == "fp8" else "bf16"] for name in found}
+    least["offload"] = max(seconds["bf16"], copying)
+    if device.fp8 is None:
+        del found["fp8"]
+    every = (_way(name, work, needed, least[name], device) for name, needed in found.items())
+    return tuple(way for way in every if way.bytes <= device.memory - RESERVE)
 
 
 def _way(name: str, work: Work, needed: Need, least: float, device: Device) -> Way:
-    """A way with the encoder freed, or on the processor; the decoder takes tiles where it must."""
+    """A way; but in a stock pipeline, the decoder takes tiles where it must.
+
+    The encoder then runs on the processor, where the device cannot hold it.
+    """
     free = device.memory - RESERVE
-    held = needed.transformer + needed.decoder
-    tiles = _tiles(work, free - held)
+    if name == "resident":
+        return Way(name=name, bytes=needed.at_once(name), seconds=least)
+    tiles = _tiles(work, free - needed.transformer - needed.decoder)
     decoding = needed.decoding if tiles is None else _tile_bytes(tiles)
-    text = needed.text if needed.text <= free else 0
-    total = max(text, held + max(needed.activations, decoding))
-    return Way(name=name, bytes=total, seconds=least, tiles=tiles)
+    if needed.text > free:
+        needed = replace(needed, text=0)
+    return Way(name=name, bytes=needed.at_once(name, decoding), seconds=least, tiles=tiles)
 
 
 def _tiles(work: Work, free: int) -> Tiles | None:
@@ -295,11 +314,19 @@ def parsed_size(text: str) -> tuple[int, int]:
     return width, height
 
 
+def said(work: Work) -> str:
+    """Some work in words, such as "4 pictures of 2048 × 2048, 2 steps"."""
+    return f"{work.batch} pictures of {work.width} × {work.height}, {work.steps} steps"
+
+
 def device_table(work: Work, devices: Sequence[Device] = DEVICES) -> pd.DataFrame:
-    """One row per device: the simplest way that fits, and the one with the lowest floor."""
+    """One row per device: the simplest way that fits, and the one with the lowest floor.
+
+    Seconds are of all pictures.
+    """
     import pandas as pd
 
-    rows = []
+    rows, least = [], f"least s for {work.batch}"
     for device in devices:
         fit = ways(work, device)
         best = min(fit, key=lambda way: way.seconds) if fit else None
@@ -309,25 +336,34 @@ def device_table(work: Work, devices: Sequence[Device] = DEVICES) -> pd.DataFram
                 "memory, GB": device.memory / 1e9,
                 "simplest": fit[0].name if fit else "none fits",
                 "needs, GB": fit[0].bytes / 1e9 if fit else float("nan"),
-                "floor, s": fit[0].seconds if fit else float("nan"),
+                "decodes": _decoded(fit[0].tiles) if fit else "",
+                least: fit[0].seconds if fit else float("nan"),
                 "fastest": best.name if best else "",
-                "its floor, s": best.seconds if best else float("nan"),
+                f"its {least}": best.seconds if best else float("nan"),
                 "source": device.source,
             }
         )
     return pd.DataFrame(rows).set_index("device")
 
 
+def _decoded(tiles: Tiles | None) -> str:
+    return "whole" if tiles is None else f"in tiles of {SCALE * tiles.side} px"
+
+
 def need_table(work: Work) -> pd.DataFrame:
-    """GB of each phase, with the activations of one picture, in bf16 and in what saves memory."""
+    """GB of the parts of each of `WAYS` for one picture, and of its worst moment.
+
+    That moment is given for a picture that is decoded whole, and for one in tiles of diffusers'
+    own size; a stock pipeline decodes whole.
+    """
     import pandas as pd
 
-    found = {
-        "bf16, GB": need(work),
-        "bf16 at known times, GB": need(work, known_times=True),
-        "fp8 at known times, GB": need(work, "fp8", known_times=True),
-    }
-    parts = ("text", "transformer", "activations", "decoder", "decoding", "resident", "freed")
-    return pd.DataFrame(
-        {name: {part: getattr(n, part) / 1e9 for part in parts} for name, n in found.items()}
-    )
+    parts = ("text", "transformer", "decoder", "activations", "decoding")
+    rows = {}
+    for name, one in needs(work).items():
+        tile = None if name == "resident" else min(one.decoding, _tile_bytes(Tiles()))
+        rows[name] = {part: getattr(one, part) / 1e9 for part in parts} | {
+            "at once": one.at_once(name) / 1e9,
+            "at once, in tiles": one.at_once(name, tile) / 1e9,
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("GB, one picture at a time")

@@ -26,7 +26,7 @@ from turbo_lab.factory import Bench
 from turbo_lab.features import RANDOM
 from turbo_lab.fit import Batch, Shadow, fit
 from turbo_lab.gan_pieces import GanPieces
-from turbo_lab.qwen_counts import Model, Work, transformer_counts
+from turbo_lab.qwen_counts import Model, Work, pass_flops
 from turbo_lab.qwen_gan import opened_eye, qwen_gan_pieces
 from turbo_lab.recipes.qwen_image import PASS_TOKENS, QwenGan, QwenStage, resolve_qwen
 from turbo_lab.schedules import BASE
@@ -37,8 +37,6 @@ from turbo_lab.testbeds.qwen_image import QwenImage, QwenNet, tokens_of
 
 ENDLESS = 10**6
 """Steps that `fit` is promised; it is stopped long before."""
-BACKWARD = 2.5
-"""Work of attention's backward pass, in forward passes: five products for two."""
 WITH_GAN = "dmd2 and gan"
 TINY_EYE = {"vit": "vit_tiny_patch16_224", "blocks": (0, 1), "view": 32}
 """What a critic looks through in a dry run: two blocks of a network of 5 million parameters."""
@@ -143,18 +141,10 @@ def _said(passes: Mapping[str, float]) -> str:
 
 
 def round_flops(model: Model, round_: Round, passes: Mapping[str, float]) -> float:
-    """Count the work of so many passes per picture.
-
-    A pass with a gradient is a forward, the same again if it is recomputed, and a backward pass
-    that makes no gradients of the base's weights: once the linear layers, 2.5 times attention.
-    """
+    """Count the work of so many passes per picture, see `turbo_lab.qwen_counts.pass_flops`."""
     work = Work(height=round_.size, width=round_.size, batch=round_.batch, text=round_.text)
-    counts = transformer_counts(model.transformer, work)
-    forward = sum(count.flops for count in counts)
-    attention = sum(count.flops for count in counts if count.component == "attention")
-    backward = forward + (BACKWARD - 1) * attention
-    trained = (2 if round_.checkpointing else 1) * forward + backward
-    return passes["forward"] * forward + passes["gradient"] * trained
+    each = pass_flops(model.transformer, work, checkpointing=round_.checkpointing)
+    return sum(passes[mode] * flops for mode, flops in each.items())
 
 
 def _bench(setup: Setup, round_: Round, critic: Critic | None) -> tuple[Bench, torch.nn.Module]:

@@ -34,6 +34,7 @@ __all__ = [
     "QwenGan",
     "QwenRecipe",
     "QwenStage",
+    "micro_batches",
     "options_at",
     "resolution_shift",
     "resolve_qwen",
@@ -78,6 +79,12 @@ def student_times(steps: int) -> tuple[float, ...]:
     return tuple(round(t, 4) for t in time_grid(steps, shift=LIGHTNING_SHIFT).tolist()[:-1])
 
 
+def micro_batches(size: int, batch_size: int) -> int:
+    """Parts of a batch, so that one pass has at most `PASS_TOKENS` tokens."""
+    rows = max(1, PASS_TOKENS // (size // 16) ** 2)
+    return -(-batch_size // min(rows, batch_size))
+
+
 def _stage(
     size: int,
     method: str,
@@ -89,13 +96,12 @@ def _stage(
 ) -> QwenStage:
     """A stage whose batches are split so that one pass has at most `PASS_TOKENS` tokens."""
     batch_size = {"smoke": 2, "quick": 8, "paper": 32}[profile]
-    rows = max(1, PASS_TOKENS // (size // 16) ** 2)
     return QwenStage(
         method=method,
         options=options,
         steps=steps[profile],
         batch_size=batch_size,
-        micro_batches=-(-batch_size // min(rows, batch_size)),
+        micro_batches=micro_batches(size, batch_size),
         rates=rates,
         teacher=teacher,
     )

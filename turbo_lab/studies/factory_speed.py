@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from IPython.display import Markdown
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from turbo_lab import places
 from turbo_lab.figures import ACCENT, INK, SECOND, SOFT, THIRD, style
 from turbo_lab.qwen_counts import LINEARS, Model, Work, counted
-from turbo_lab.qwen_plan import DEVICES, Device, need_table
+from turbo_lab.qwen_plan import DEVICES, Device, need_table, said
 
-PHASES = {
+PARTS = {
     "text": ("text encoder", SOFT),
     "transformer": ("transformer", SECOND),
-    "activations": ("activations of one picture", ACCENT),
     "decoder": ("VAE", INK),
-    "decoding": ("decoding one picture whole", THIRD),
+    "activations": ("activations of one picture, or decoding it in tiles", ACCENT),
+    "whole": ("on top, decoding it whole", THIRD),
 }
-"""Labels and colours of what `turbo_lab.qwen_plan.Need` counts."""
-
-
-def device(name: str) -> Device:
-    """Return a device of the table by its name."""
-    return next(one for one in DEVICES if one.name == name)
+"""Labels and colours of the parts of a bar."""
 
 
 def roofline_figure(work: Work, on: Device) -> Figure:
@@ -58,7 +55,7 @@ def roofline_figure(work: Work, on: Device) -> Figure:
         axis.set_yscale("log")
         axis.set_xlabel("FLOP per byte")
         axis.set_ylabel("TFLOP/s at most")
-        axis.set_title(f"{on.name} ({on.source})")
+        axis.set_title(f"{said(work)}, on one {on.name} ({on.source})")
         axis.legend(loc="upper left", fontsize=8)
     return figure
 
@@ -70,30 +67,36 @@ def _roof(dense: Any, bandwidth: float, rate: float) -> Any:
 def _name(axis: Axes, component: str, flops: int, at: tuple[float, float], *, alone: bool) -> None:
     """Name a dot: slanted between neighbours, level where it has none and may be near the axis."""
     axis.annotate(
-        f"{component}, {flops / 1e12:,.4g} TFLOP", at, (3, -5), textcoords="offset points",
+        f"{component}, {_digits(flops / 1e12)} TFLOP", at, (3, -5), textcoords="offset points",
         fontsize=7, rotation=0 if alone else -38, ha="left", va="top", rotation_mode="anchor",
     )  # fmt: skip
 
 
+def _digits(value: float) -> str:
+    """A number above 0 to three digits, without an exponent and without commas."""
+    places = 2 - math.floor(math.log10(value))
+    return f"{round(value, places):.{max(places, 0)}f}"
+
+
 def memory_figure(work: Work, devices: Sequence[Device] = DEVICES) -> Figure:
-    """Draw the bytes of each way to hold the networks as stacked bars, and devices as lines."""
+    """Draw the bytes of each of `turbo_lab.qwen_plan.WAYS` as stacked bars, and devices as lines.
+
+    The open end of a bar is what decoding whole takes on top: a device may lie inside it.
+    """
     table = need_table(work)
     with style():
-        figure = Figure(figsize=(6.8, 3.4), layout="constrained")
+        figure = Figure(figsize=(6.8, 3.6), layout="constrained")
         axis = figure.subplots()
-        ways = {"all resident": ("bf16, GB", True)} | {
-            name.removesuffix(", GB"): (name, False) for name in table.columns
-        }
-        for y, (column, resident) in enumerate(ways.values()):
-            _stack(axis, y, table[column], resident=resident)
-        right = 1.4 * table.loc["resident"].max()
+        for y, (name, row) in enumerate(table.iterrows()):
+            _stack(axis, y, _parts(row, resident=name == "resident"))
+        right = 1.4 * table["at once"].max()
         for size in sorted({one.memory / 1e9 for one in devices}):
             if size < right:
-                names = ", ".join(d.name for d in devices if d.memory == int(size * 1e9))
+                names = "\n".join(d.name for d in devices if d.memory == int(size * 1e9))
                 axis.axvline(size, color=SOFT, lw=0.8, ls=":")
-                axis.text(size, -0.45, f" {names}", fontsize=6.5, rotation=35, va="bottom")
-        axis.set_yticks(range(len(ways)), list(ways))
-        axis.set_ylim(len(ways) - 0.5, -1.1)
+                axis.text(size, -0.65, names, fontsize=6.5, ha="center", va="bottom")
+        axis.set_yticks(range(len(table)), list(table.index))
+        axis.set_ylim(len(table) - 0.5, -0.6)
         axis.set_xlim(0, right)
         axis.set_xlabel("GB at the worst moment, one picture at a time")
         handles, labels = axis.get_legend_handles_labels()
@@ -102,14 +105,26 @@ def memory_figure(work: Work, devices: Sequence[Device] = DEVICES) -> Figure:
     return figure
 
 
-def _stack(axis: Axes, y: int, need: pd.Series, *, resident: bool) -> None:
-    """One bar; the larger of activations and decoding, and the encoder only if it stays."""
-    last = max(("activations", "decoding"), key=lambda part: need[part])
+def _parts(row: pd.Series, *, resident: bool) -> dict[str, float]:
+    """GB that are on the device together at the worst moment of a way."""
+    if row["at once"] == row["text"]:
+        return {"text": row["text"]}
+    beside = {part: row[part] for part in ("transformer", "decoder", "activations")}
+    whole = max(0.0, row["decoding"] - row["activations"])
+    return ({"text": row["text"]} if resident else {}) | beside | {"whole": whole}
+
+
+def _stack(axis: Axes, y: int, parts: dict[str, float]) -> None:
+    """One bar, its last part open."""
     left = 0.0
-    for part in (*(("text",) if resident else ()), "transformer", "decoder", last):
-        label, colour = PHASES[part]
-        axis.barh(y, need[part], left=left, color=colour, height=0.6, label=label)
-        left += need[part]
+    for part, size in parts.items():
+        label, colour = PARTS[part]
+        filled = part != "whole"
+        axis.barh(
+            y, size, left=left, height=0.6, label=label, edgecolor=colour, lw=0 if filled else 0.8,
+            color=colour if filled else "none", hatch=None if filled else "////",
+        )  # fmt: skip
+        left += size
 
 
 # --- what was measured --------------------------------------------------------------------------
@@ -149,8 +164,9 @@ def _row(device: str, row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def missing(table: pd.DataFrame) -> str:
-    """Return the sentence that says whether figures are missing; empty where there are some."""
+def measured(folder: Path | None = None) -> pd.DataFrame | Markdown:
+    """The table of `recorded`, or, where nothing was measured yet, the sentence that says so."""
+    table = recorded(folder)
     if len(table):
-        return ""
-    return "Nothing was measured yet: python -m turbo_lab.bench.qwen needs a CUDA GPU."
+        return table
+    return Markdown("None yet: `python -m turbo_lab.bench.qwen` needs a CUDA GPU.")
