@@ -354,9 +354,9 @@ def _breaks(comparison: Comparison) -> list[dict[str, Any]]:
     return [
         _row("C3-hue", f"{few} leaves the garment hues' distribution",
              "hue KL to truth, minus the teacher's", hue, "above", 0),
-        _row("C3-hue-own", f"{few} leaves it further than notebook 02's students do",
-             f"hue KL to truth, minus the mean of {len(others)} methods", more_than_others,
-             "above", 0),
+        _row("C3-hue-own", f"{few} leaves the hues' distribution further than the students "
+             "of notebook 02", f"hue KL to truth, minus the mean of {len(others)} methods",
+             more_than_others, "above", 0),
         _row("C3-diversity", f"{few} draws one caption more alike", "distance between samples of "
              "one caption, of the teacher's", cl.crossed_bootstrap(*distance, statistic=ratio),
              "below", 1),

@@ -257,12 +257,12 @@ def training_curves(curves: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
 
 
 def looks(comparison: Comparison) -> dict[str, Look]:
-    """How the trainings of `distribution.curves` are drawn: darker with more steps."""
+    """Lines for `distribution.curves`: darker with more steps, black for other updates."""
     steps = sorted(comparison.budget.steps)
     shade = dict(zip(steps, shades("dmd2", len(steps)), strict=True))
     plain = {f"{n} steps": (shade[n], "-") for n in steps}
     lines = {"updates-1": ":", "updates-4": "--"}
-    changed = {f"{FEW} steps, {VARIANTS[v].title}": (shade[FEW], lines[v]) for v in lines}
+    changed = {f"{FEW} steps, {VARIANTS[v].title}": (INK, lines[v]) for v in lines}
     return {**plain, **changed}
 
 
