@@ -15,7 +15,7 @@ from torch import Tensor
 from turbo_lab import explore, measure
 from turbo_lab.errors import BadInput
 from turbo_lab.lab import Lab, Sampling, checked_sampling
-from turbo_lab.postcards import draw_scenes, render
+from turbo_lab.postcards import HUE_MODES, draw_scenes, render
 from turbo_lab.recipes import student_recipe
 from turbo_lab.recipes.distribution import LONGER, VARIANTS, calls_per_round, sampler_times
 from turbo_lab.recipes.trajectory import FAMILIES as TRAJECTORY
@@ -26,8 +26,8 @@ BUDGET = Budget(
     captions=6, seeds=2, steps=(4, 2), prompts=2, noises=3, variants=("second-0.5", "guidance-2")
 )
 
-CLAIMED = ("dmd2", "dmd2-long")
-"""Families that claims are made about."""
+CLAIMED = ("dmd2", "dmd2-long", *TRAJECTORY)
+"""Families that claims are made about, or held against."""
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_tables_figures_and_claims_come_out_whole(comparison: Comparison) -> Non
     teacher = rows[rows["family"] == "teacher"].set_index("metric")["value"]
     assert teacher["high_frequency_share"] == teacher["diversity"] == 1.0
     made = distribution.claims(comparison, profile="smoke")
-    assert [c.id.split("-")[0] for c in made] == ["C2"] * 6 + ["C3"] * 8
+    assert [c.id.split("-")[0] for c in made] == ["C2"] * 6 + ["C3"] * 9
     assert len(comparison.keys) == len(set(comparison.keys))
     variants = distribution.variant_titles(comparison)
     longer = distribution.longer_titles()
@@ -133,7 +133,7 @@ def test_tables_figures_and_claims_come_out_whole(comparison: Comparison) -> Non
 
 
 def with_pictures(comparison: Comparison, images: Tensor, prompts: Tensor) -> Comparison:
-    """The comparison with given pictures in the place of every DMD2 student's."""
+    """The comparison with given pictures in the place of every student's."""
     of = comparison.teacher.scenes.fields
     found = matching.measured([images] * 2, [prompts] * 2, of, BUDGET.noises)
     return with_measured(comparison, {k: found for k in comparison.measured if k[0] in CLAIMED})
@@ -179,6 +179,46 @@ def test_what_is_done_to_pictures_is_found(honest: Comparison) -> None:
     found = verdicts(with_pictures(honest, soft, same))
     assert found["C2-teacher-sharp-4"] == "not reproduced"
     assert found["C3-sharp"] == "not reproduced"
+
+
+def test_hues_lost_by_dmd2_alone_are_its_own_and_those_lost_by_all_are_not(
+    honest: Comparison,
+) -> None:
+    images = render(honest.teacher.scenes)
+    prompts = render(draw_scenes("critic", range(BUDGET.prompts * BUDGET.noises)))
+    of = honest.teacher.scenes.fields
+    good = matching.measured([images] * 2, [prompts] * 2, of, BUDGET.noises)
+    spread = np.tile(np.arange(6) % len(HUE_MODES), (2, 1))  # all hues, in every training
+    many = replace(good, values={**good.values, "hue_mode": spread})
+    one = replace(good, values={**good.values, "hue_mode": np.full_like(spread, 5)})
+    for ours, theirs, verdict in (
+        (one, many, "holds"),
+        (one, one, "inconclusive"),
+        (many, one, "not reproduced"),
+    ):
+        found = {("dmd2", 2): ours, **{(f, 2): theirs for f in TRAJECTORY}}
+        assert verdicts(with_measured(honest, found))["C3-hue-own"] == verdict
+
+
+def test_a_running_mean_keeps_what_stays_and_takes_what_swings() -> None:
+    flat, swings = np.full(40, 3.0), np.tile([1.0, -1.0], 20)
+    assert distribution_figures.running_mean(flat) == pytest.approx(flat)
+    assert np.abs(distribution_figures.running_mean(swings)[4:-4]).max() <= 1 / 9 + 1e-12
+    assert distribution_figures.running_mean(np.array([2.0, 4.0])) == pytest.approx([2.0, 4.0])
+
+
+def test_curves_are_looked_up_by_the_names_they_were_written_under(comparison: Comparison) -> None:
+    curves = distribution.curves(comparison)
+    looks = distribution_figures.looks(comparison)
+    assert set(curves["student"]) <= set(looks)
+    figure = distribution_figures.training_curves(curves, looks)
+    assert len(figure.axes[0].lines) == 2 * curves["student"].nunique()  # as written, and smooth
+
+
+def test_only_dmd2s_two_steps_are_named_by_their_times() -> None:
+    assert distribution.steps_title("dmd2", 2) == "DMD2, 2 steps (1, 0.7155)"
+    assert distribution.steps_title("dmd2", 4) == "DMD2, 4 steps"
+    assert distribution.steps_title("progressive", 2) == "progressive, 2 steps"
 
 
 def test_trainings_that_collapse_apart_are_two_collapses() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -133,8 +134,8 @@ def test_tables_figures_and_claims_come_out_whole(comparison: Comparison) -> Non
     wide = trajectory.wide(rows, ["sign_read", "whole_body"])
     assert wide.shape == (4 * 2 + 2 + 1, 2)
     made = trajectory.claims(comparison, profile="smoke")
-    parts = ["blur", "small", "detail", "steps"]
-    assert [c.id.split("-")[1] for c in made[:4]] == parts and len(made) == 16
+    parts = ["blur", "small", "figure", "detail", "steps"]
+    assert [c.id.split("-")[1] for c in made[:5]] == parts and len(made) == 20
     for draw in (
         lambda: trajectory_figures.magnified(comparison, caption=0),
         lambda: trajectory_figures.lines(rows),
@@ -156,6 +157,31 @@ def test_claims_follow_the_pictures(comparison: Comparison) -> None:
         object.__setattr__(patched, "measured", {**comparison.measured, **same})
         blur = [c for c in trajectory.claims(patched, profile="smoke") if "blur" in c.id]
         assert {c.verdict for c in blur} == {verdict}
+
+
+def test_losing_the_sign_alone_or_the_figure_alone_is_told_apart(comparison: Comparison) -> None:
+    """Real postcards in the teacher's place; one area of them in its mean colour."""
+    images = render(comparison.teacher.scenes)
+    patched = Comparison(**{k: getattr(comparison, k) for k in Comparison.__dataclass_fields__})
+    object.__setattr__(patched, "teacher", replace(comparison.teacher, images=images))
+    for area, verdict in (("sign", "holds"), ("figure", "not reproduced")):
+        inside = patched.masks[area][:, None].float()
+        colour = (images * inside).sum((0, 2, 3), keepdim=True) / inside.sum()
+        lost = patched._measure([torch.where(inside.bool(), colour, images)] * 2)
+        same = {key: lost for key in comparison.measured if key[0] in trajectory.TRAJECTORY}
+        object.__setattr__(patched, "measured", {**comparison.measured, **same})
+        made = trajectory.claims(patched, profile="smoke")
+        told = {c.verdict for c in made if c.id.startswith("C1-figure")}
+        assert told == {verdict}
+
+
+def test_a_picture_and_its_crops_are_parted_by_white() -> None:
+    black = np.zeros((192, 192, 3), dtype=np.uint8)
+    sheet = trajectory_figures.with_crops(black, [black[:96, :96]] * 2)
+    gap = trajectory_figures.GUTTER
+    assert sheet.shape == (192 + gap, 192 + gap + 96, 3)
+    assert (sheet[:, 192 : 192 + gap] == 255).all() and (sheet[96 : 96 + gap, -96:] == 255).all()
+    assert int((sheet == 0).sum()) == black.size + 2 * 96 * 96 * 3
 
 
 def test_students_of_unknown_kind_or_steps_are_refused(bench: Lab) -> None:
@@ -182,14 +208,14 @@ def test_the_explorer_draws_student_and_teacher(
 
 
 def test_compared_lines_draw_the_teacher_as_a_band() -> None:
-    rows = [("a", 1, 0.2), ("a", 2, 0.4), ("teacher", np.nan, 0.9)]
+    rows = [("direct", 1, 0.2), ("direct", 2, 0.4), ("teacher", np.nan, 0.9)]
     table = pd.DataFrame(
         [
             {"family": f, "steps": s, "metric": "m", "value": v, "low": v - 0.1, "high": v + 0.1}
             for f, s, v in rows
         ]
     )
-    titles = {"a": "method a", "teacher": "teacher"}
+    titles = {"direct": "method a", "teacher": "teacher"}
     figure = charts.compared_lines(table, metrics={"m": "a metric"}, titles=titles)
     (axis,) = [a for a in figure.axes if a.get_visible()]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["teacher", "method a"]

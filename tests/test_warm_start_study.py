@@ -95,6 +95,7 @@ def test_costs_and_curves_count_all_stages(comparison: Comparison) -> None:
     assert set(begin.index) == {labels[f] for f in (DIRECT, WARM, "warm-share-50")}  # PCM has none
     before = first.steps * warm_start_sweeps.calls_per_sample(first)
     assert begin[labels[WARM]] == pytest.approx(begin[labels[DIRECT]] + before)
+    assert set(warm_start_figures.looks(comparison)) == set(begin.index)
     cost = warm_start_sweeps.training_cost(comparison)
     assert len(cost) == len(STUDENTS) + len(SWEEP) + 1  # and direct DMD2 of the moved time
     assert warm_start_sweeps.seconds(warm) == pytest.approx(
@@ -194,6 +195,7 @@ def test_what_a_warm_start_repairs_and_breaks_is_found(comparison: Comparison) -
     scenes = comparison.plain[TEACHER][0].scenes
     good = found(render(scenes), comparison, seeds=2)
     armless = found(without(scenes, "left arm"), comparison, seeds=2, alike=True)
+    comparison = with_measured(comparison, {TEACHER: good.training(0)})
     better = verdicts(with_measured(comparison, {WARM: good, DIRECT: armless}))
     assert {better[part] for part in ("bodies", "arms", "diversity")} == {"holds"}
     assert {better[part] for part in ("heads", "legs", "ghosts", "read")} == {"inconclusive"}
@@ -205,6 +207,16 @@ def test_what_a_warm_start_repairs_and_breaks_is_found(comparison: Comparison) -
     same = verdicts(with_measured(comparison, {WARM: good, DIRECT: good}))
     of_both = ("bodies", "heads", "arms", "legs", "ghosts", "read", "hue", "diversity")
     assert {same[part] for part in of_both} == {"inconclusive"}
+
+
+def test_samples_further_apart_than_the_teachers_are_no_gain(comparison: Comparison) -> None:
+    good = found(render(comparison.plain[TEACHER][0].scenes), comparison, seeds=2)
+    comparison = with_measured(comparison, {TEACHER: good.training(0)})
+    far, near = (replace(good, diversity=good.diversity * factor) for factor in (1.2, 0.9))
+    told = verdicts(with_measured(comparison, {WARM: far, DIRECT: near}))
+    assert told["diversity"] == "not reproduced"
+    told = verdicts(with_measured(comparison, {WARM: near, DIRECT: far}))
+    assert told["diversity"] == "holds"
 
 
 def test_a_collapse_of_hues_is_found(comparison: Comparison) -> None:
@@ -225,6 +237,9 @@ def test_pcm_alone_is_held_against_two_euler_steps(comparison: Comparison) -> No
     few = found(images, comparison, seeds=1)
     told = verdicts(with_measured(comparison, {ALONE: good, NAIVE: few}))
     assert told["pcm-alone-bodies"] == "holds"
+    made = warm_start.claims(with_measured(comparison, {NAIVE: few}), profile="smoke")
+    (claim,) = [c for c in made if c.id == "C4-pcm-alone-bodies"]
+    assert f"{1 / BUDGET.captions:.1%}" in claim.statement  # the baseline
     told = verdicts(with_measured(comparison, {ALONE: good, NAIVE: good.training(0)}))
     assert told["pcm-alone-bodies"] == "not reproduced"  # as many, not twice as many
 

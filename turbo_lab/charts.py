@@ -26,12 +26,13 @@ from turbo_lab.figures import (
     log_axis,
     style,
 )
+from turbo_lab.palette import colour_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
 COLOURS = (ACCENT, SECOND, THIRD, "#8b5aa8", "#b8860b", INK)
-"""One per line or row that is compared."""
+"""One per line or row that is compared, where these are no methods (`turbo_lab.palette`)."""
 GAP = 0.7
 """Between lines that are parted, in heights of a line."""
 
@@ -44,13 +45,13 @@ def compared_lines(
     xlabel: str = "steps",
     columns: int = 4,
 ) -> Figure:
-    """Draw value and interval of each metric against steps, one line per family.
+    """Draw value and interval of each metric against steps, one line per family in its colour.
 
     Args:
         table: long form with columns ``family``, ``steps``, ``metric``, ``value``, ``low``,
             ``high``; rows whose steps are NaN are drawn as a band through the panel.
         metrics: metric name to panel title.
-        titles: family name to its label; the order gives the colours.
+        titles: family name to its label.
         xlabel: label under the lowest panels.
         columns: panels per row.
     """
@@ -61,7 +62,8 @@ def compared_lines(
         for axis, (metric, title) in zip(axes, metrics.items(), strict=False):
             one = table[table["metric"] == metric]
             for k, family in enumerate(titles):
-                _family_line(axis, one[one["family"] == family], COLOURS[k], titles[family], k)
+                rows_of = one[one["family"] == family]
+                _family_line(axis, rows_of, colour_of(family), titles[family], k)
             axis.set_title(title)
             log_axis(axis, one["steps"].dropna().unique())
         for axis in axes[: len(metrics)][-columns:]:
@@ -92,6 +94,7 @@ def magnified_grid(
     columns: Sequence[str],
     bars: Mapping[str, Mapping[str, Sequence[float]]],
     bar_title: str,
+    colours: Mapping[str, str],
 ) -> Figure:
     """Draw a grid of prepared pictures, and beside each row a group of bars per area.
 
@@ -100,6 +103,7 @@ def magnified_grid(
         columns: title of each column; also what the bars of a group stand for, left to right.
         bars: row label to area to one height per column; a row may be missing.
         bar_title: above the bars.
+        colours: row label to the colour of its bars.
     """
     with style():
         wide = len(columns)
@@ -116,7 +120,7 @@ def magnified_grid(
             for axis in grid[r, len(pictures) : wide]:
                 axis.set_visible(False)
             grid[r, 0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=6)
-            _area_bars(grid[r, wide], bars.get(label, {}), columns, 1.08 * top)
+            _area_bars(grid[r, wide], bars.get(label, {}), colours.get(label, INK), 1.08 * top)
         full = next(r for r, row in enumerate(cells.values()) if len(row) == wide)
         for axis, title in zip(grid[full], columns, strict=False):
             axis.set_title(title)
@@ -124,9 +128,7 @@ def magnified_grid(
     return figure
 
 
-def _area_bars(
-    axis: Axes, areas: Mapping[str, Sequence[float]], columns: Sequence[str], top: float
-) -> None:
+def _area_bars(axis: Axes, areas: Mapping[str, Sequence[float]], colour: str, top: float) -> None:
     if not areas:
         axis.set_visible(False)
         return
@@ -134,24 +136,26 @@ def _area_bars(
         width = 0.8 / len(heights)
         for j, height in enumerate(heights):
             shade = 0.35 + 0.65 * (j + 1) / len(heights)
-            axis.bar(
-                k - 0.4 + (j + 0.5) * width, height, width * 0.9, color=COLOURS[k], alpha=shade
-            )
+            axis.bar(k - 0.4 + (j + 0.5) * width, height, width * 0.9, color=colour, alpha=shade)
     axis.set_xticks(range(len(areas)), list(areas), fontsize=7)
     axis.set_ylim(0, top)
     axis.tick_params(axis="y", labelsize=6)
 
 
 def scatter(
-    points: Mapping[str, Sequence[tuple[float, float, str]]], *, xlabel: str, ylabel: str
+    points: Mapping[str, Sequence[tuple[float, float, str]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    colours: Mapping[str, str],
 ) -> Figure:
     """Draw labelled points, one colour per group: group to ``(x, y, note)``."""
     with style():
         figure = Figure(figsize=(5.4, 3.4), layout="constrained")
         axis = figure.subplots()
-        for k, (group, rows) in enumerate(points.items()):
+        for group, rows in points.items():
             x, y, notes = zip(*rows, strict=True)
-            axis.plot(x, y, color=COLOURS[k], marker="o", ms=5, lw=0.7, label=group)
+            axis.plot(x, y, color=colours[group], marker="o", ms=5, lw=0.7, label=group)
             for place, note in zip(zip(x, y, strict=True), notes, strict=True):
                 axis.annotate(note, place, (4, 4), textcoords="offset points", fontsize=7)
         axis.set(xlabel=xlabel, ylabel=ylabel)
@@ -241,23 +245,32 @@ def dot(axis: Axes, row: pd.Series, y: float, colour: str) -> None:
 
 
 def ratio_lines(
-    rows: Mapping[str, Mapping[str, Sequence[float]]], *, x: Sequence[float], xlabel: str,
+    rows: Mapping[str, Mapping[str, Sequence[float]]],
+    *,
+    x: Sequence[float],
+    xlabel: str,
     ylabel: str,
-) -> Figure:  # fmt: skip
-    """Draw one panel per group with lines of ratios against ``x``: group to label to values."""
+    colours: Mapping[str, Sequence[str]],
+) -> Figure:
+    """Draw one panel per group with lines of ratios against ``x``, and a legend in each.
+
+    Args:
+        rows: group to label to values.
+        x: of the values.
+        xlabel: below the panels.
+        ylabel: left of them.
+        colours: group to one colour per line.
+    """
     with style():
-        figure = Figure(figsize=(2.5 * len(rows), 2.6), layout="constrained")
+        figure = Figure(figsize=(2.5 * len(rows), 2.9), layout="constrained")
         axes = figure.subplots(1, len(rows), squeeze=False, sharey=True)[0]
         for axis, (group, lines) in zip(axes, rows.items(), strict=True):
             axis.axhline(1, color=SOFT, lw=1)
-            for k, (label, values) in enumerate(lines.items()):
-                axis.plot(x, values, color=SECOND, alpha=0.3 + 0.7 * (k + 1) / len(lines), lw=1.3)
-                axis.annotate(
-                    label, (x[-1], values[-1]), (3, 0), textcoords="offset points", fontsize=7,
-                    va="center",
-                )  # fmt: skip
+            for colour, (label, values) in zip(colours[group], lines.items(), strict=True):
+                axis.plot(x, values, color=colour, lw=1.4, label=label)
             axis.set_title(group)
             axis.set_xlabel(xlabel)
+            axis.legend(fontsize=7, ncols=2, loc="upper right")
         axes[0].set_ylabel(ylabel)
     return figure
 

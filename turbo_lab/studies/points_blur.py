@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from turbo_lab import figures
 from turbo_lab.claims import Claim, crossed_bootstrap
-from turbo_lab.figures import ACCENT, INK, SECOND, SOFT, THIRD
+from turbo_lab.figures import ACCENT, INK, SOFT
+from turbo_lab.palette import colour_of
 from turbo_lab.point_students import TRAJECTORY, load, sampled, student_recipe, trained
 from turbo_lab.progress import progress
 from turbo_lab.recipes import FAMILIES
@@ -47,9 +47,6 @@ __all__ = [
 NOTEBOOK = "02_blur_in_trajectory_distillation"
 STEPS = (1, 2, 4, 8)
 """Steps at which students are compared."""
-COLOURS = MappingProxyType(
-    {"direct": INK, "progressive": SECOND, "consistency": ACCENT, "continuous": THIRD}
-)
 
 
 # --- students -----------------------------------------------------------------------------------
@@ -222,7 +219,7 @@ def _against_resolution(axis: Axes, maps: OptimalMaps, one_step: pd.DataFrame) -
     axis.text(0.3, 0.3, "students at 1 step leave as many outside as", fontsize=8, va="center")
     rows = one_step.sort_values("value", ascending=False)
     for k, row in enumerate(rows.itertuples()):
-        h, colour = maps.resolution(row.value), COLOURS[row.method]
+        h, colour = maps.resolution(row.value), colour_of(row.method)
         axis.plot([h], [row.value], marker="D", ms=6, color=colour, zorder=3)
         text = f"h = {h:.2f}   {FAMILIES[row.method].title}"
         axis.text(0.36, 0.3 / 1.5 ** (k + 1), text, color=colour, fontsize=8, va="center")
@@ -241,13 +238,13 @@ def _against_steps(axis: Axes, maps: OptimalMaps, found: pd.DataFrame) -> None:
         at = part["steps"] * 1.03 ** (k - 1.5)  # side by side, so that intervals can be told apart
         errors = [part["value"] - part["low"], part["high"] - part["value"]]
         axis.errorbar(
-            at, part["value"], np.clip(errors, 0, None), color=COLOURS[method], lw=1.4, marker="o",
-            ms=3, elinewidth=1,
+            at, part["value"], np.clip(errors, 0, None), color=colour_of(method), lw=1.4,
+            marker="o", ms=3, elinewidth=1,
         )  # fmt: skip
         ends[method] = float(part["value"].iloc[-1])
     for method, height in _apart(ends).items():
         axis.text(
-            9.4, height, FAMILIES[method].title, color=COLOURS[method], fontsize=8, va="center"
+            9.4, height, FAMILIES[method].title, color=colour_of(method), fontsize=8, va="center"
         )
     ticks = sorted({*STEPS, *EXACT_STEPS})
     axis.set(xscale="log", xlabel="steps", title="students and intervals over seeds and samples")

@@ -14,8 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from turbo_lab.figures import ACCENT, INK, SECOND, SOFT, THIRD, style
+from turbo_lab.figures import ACCENT, INK, SECOND, SOFT, style
+from turbo_lab.palette import colour_of, shades
 from turbo_lab.point_students import CLOUD
+from turbo_lab.studies.distribution_figures import CURVES
 from turbo_lab.studies.points_density import Plane
 from turbo_lab.studies.points_maps import outside
 from turbo_lab.studies.points_plane import MEMBERS, PlaneRuns
@@ -33,9 +35,9 @@ MEASURES: Mapping[str, str] = {
 FRAME = 2.7
 """Half width of the panels on guidance."""
 LINES: Mapping[tuple[str, int], tuple[str, str]] = {
-    ("plain", 1): ("1 step", ACCENT),
-    ("plain", 2): ("2 steps", SECOND),
-    ("little noise", 1): ("1 step, compared at t < 0.3 only", THIRD),
+    ("plain", 1): ("1 step", shades("dmd2", 2)[0]),
+    ("plain", 2): ("2 steps", shades("dmd2", 2)[1]),
+    ("little noise", 1): ("1 step, compared at t < 0.3 only", INK),
 }
 
 
@@ -194,8 +196,8 @@ def _against_guidance(axis: Axes, found: pd.DataFrame, name: str) -> None:
         )
     rows = found[found["what"] == "student"]
     mean = rows.groupby("w")[name].mean()
-    axis.plot(mean.index, mean, color=ACCENT, lw=1.3, label="students")
-    axis.scatter(rows["w"], rows[name], s=12, color=ACCENT, lw=0, zorder=3)
+    axis.plot(mean.index, mean, color=colour_of("dmd2"), lw=1.3, label="students")
+    axis.scatter(rows["w"], rows[name], s=12, color=colour_of("dmd2"), lw=0, zorder=3)
     axis.set_ylim(bottom=0)
 
 
@@ -277,25 +279,21 @@ def figure_time_scales(runs: Runs, finished: pd.DataFrame) -> Figure:
         runs: the trainings; each line is the mean over seeds.
         finished: of `points_distribution.table`.
     """
-    titles = {
-        "fake/velocity": "loss of the fake",
-        "student/g_norm": "g_norm",
-        "student/gap": "gap",
-    }
-    shades = dict(zip(LAGS, (ACCENT, "#e0a030", SECOND, INK), strict=True))
+    titles = {term: CURVES[term] for term in ("fake/velocity", "student/g_norm", "student/gap")}
+    colours = dict(zip(LAGS, (ACCENT, "#e0a030", SECOND, INK), strict=True))
     with style():
         figure = Figure(figsize=(9.4, 2.9), layout="constrained")
         axes = figure.subplots(1, 4)
         for axis, (term, title) in zip(axes, titles.items(), strict=False):
             for k in LAGS:
                 part, value = _mean_history(runs, _lag(k), term)
-                axis.plot(part, value, color=shades[k], lw=1.3, label=f"{k}")
+                axis.plot(part, value, color=colours[k], lw=1.3, label=f"{k}")
             axis.set(title=title, yscale="log", xlabel="share of the network calls")
             _plain_ticks(axis)
         axes[0].legend(
             title="updates of the fake\nper student update", fontsize=7, title_fontsize=7
         )
-        _quality(axes[3], finished, shades)
+        _quality(axes[3], finished, colours)
     return figure
 
 
@@ -318,11 +316,11 @@ def _mean_history(runs: Runs, key: Key, term: str) -> tuple[np.ndarray, np.ndarr
     return mean.index.to_numpy() / runs.runs[key][0].rounds, mean.to_numpy()
 
 
-def _quality(axis: Axes, finished: pd.DataFrame, shades: Mapping[int, str]) -> None:
+def _quality(axis: Axes, finished: pd.DataFrame, colours: Mapping[int, str]) -> None:
     for at, k in enumerate(LAGS):
         rows = finished[(finished[["variant", "world", "steps"]] == [*_lag(k)]).all(axis=1)]
-        axis.scatter([at] * len(rows), rows["within"], s=14, color=shades[k], lw=0)
-        axis.plot([at - 0.25, at + 0.25], [rows["within"].mean()] * 2, color=shades[k], lw=1.4)
+        axis.scatter([at] * len(rows), rows["within"], s=14, color=colours[k], lw=0)
+        axis.plot([at - 0.25, at + 0.25], [rows["within"].mean()] * 2, color=colours[k], lw=1.4)
     axis.set_xticks(range(len(LAGS)), [str(k) for k in LAGS])
     axis.set(title="within 3 sigma at the end", xlabel="updates of the fake", xlim=(-0.6, 3.6))
 

@@ -274,7 +274,7 @@ def claims(runs: Runs, *, profile: str) -> list[Claim]:
         claim("P13", "PCM puts samples nearer to where the teacher's own path ends",
               "mean distance before distribution matching, cold minus PCM",
               crossed_bootstrap(*nearer[0], statistic=_least)),
-        claim("P14", "Of a warm sample the teacher knows the place its own path ends at",
+        claim("P14", "Of a warm sample the teacher gives more weight to its own path's end",
               f"weight of that place at t = {ASKED:g}, PCM minus cold",
               crossed_bootstrap(*knows, statistic=_least)),
         claim("P15", "After distribution matching they are still nearer",

@@ -12,17 +12,20 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from turbo_lab import charts
-from turbo_lab.figures import ACCENT, INK, SECOND, SOFT, THIRD, style
+from turbo_lab.figures import INK, SOFT, style
+from turbo_lab.palette import colour_of, shades
 from turbo_lab.studies.points_distribution_figures import cloud
 from turbo_lab.studies.points_maps import outside
 from turbo_lab.studies.points_warm import ASKED, TIMES, TITLES, WORLDS, Runs, knowing
 from turbo_lab.testbeds.points import points
 
-WARM_FAKE = charts.COLOURS[3]
-COLOURS: Mapping[str, str] = dict(
-    zip(TITLES.values(), (SOFT, THIRD, ACCENT, WARM_FAKE, SECOND), strict=True)
-)
+COLOURS: Mapping[str, str] = {
+    TITLES["cold"]: colour_of("dmd2"),
+    TITLES["consistency"]: colour_of("consistency"),
+    TITLES["pcm"]: colour_of("warm"),
+    TITLES["pcm-fake"]: shades("warm", 3)[0],
+    TITLES["transition"]: "#c9709f",
+}
 MEASURES: Mapping[str, str] = {
     "within": "within 3 sigma\nof a mode",
     "covered": "modes covered",

@@ -273,7 +273,7 @@ def training_cost(comparison: Comparison) -> pd.DataFrame:
 
 
 def claims(comparison: Comparison, *, profile: str) -> list[Claim]:
-    """C1 for every method: blur; small areas lose most, by two yardsticks; steps repair it."""
+    """C1 for every method: blur; small areas lose most, asked three times; steps repair it."""
     steps = comparison.budget.steps
     few, many = min(steps, key=lambda n: abs(n - FEW)), max(steps)
     made = []
@@ -287,12 +287,16 @@ def claims(comparison: Comparison, *, profile: str) -> list[Claim]:
         small = cl.crossed_bootstrap(*areas, statistic=_gap)
         areas = [x[a] for a in ("sign", "ground") for x in (at_few.errors, at_few.details)]
         detail = cl.crossed_bootstrap(*areas, statistic=_gap)
+        areas = [x[a] for a in ("sign", "figure") for x in (at_few.errors, at_few.spreads)]
+        figure = cl.crossed_bootstrap(*areas, statistic=_gap)
         more = cl.crossed_bootstrap(at_many.values["sign_read"] - at_few.values["sign_read"])
         parts = (
             ("blur", f"at {few} steps pictures are blurred",
              "high-frequency share, of the teacher's", blur, "below", 1.0),
             ("small", f"at {few} steps the sign loses more than the ground",
              "normalised error, sign minus ground", small, "above", 0.0),
+            ("figure", f"at {few} steps the sign loses more than the figure",
+             "normalised error, sign minus figure", figure, "above", 0.0),
             ("detail", f"at {few} steps the sign loses more detail than the ground",
              "error over the variance within each picture, sign minus ground",
              detail, "above", 0.0),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -10,6 +12,7 @@ from torch import Tensor
 from turbo_lab import charts, figures, measure
 from turbo_lab.lab import Samples
 from turbo_lab.measure.areas import AREAS
+from turbo_lab.palette import colour_of, shades
 from turbo_lab.studies.trajectory import (
     METRICS,
     TITLES,
@@ -42,6 +45,7 @@ def magnified(comparison: Comparison, *, caption: int, seed: int = 0) -> Figure:
         columns=columns,
         bars=bars,
         bar_title=f"error / variance at {', '.join(map(str, steps))} steps",
+        colours=_COLOURS,
     )
 
 
@@ -54,6 +58,9 @@ def readable_caption(comparison: Comparison) -> int:
 
 CROP = 12
 """Pixels of a magnified crop."""
+GUTTER = 8
+"""Drawn pixels of white between a picture and its crops, and between these."""
+_COLOURS = {title: colour_of(family) for family, title in TITLES.items()}
 
 
 def _cell(comparison: Comparison, caption: int, drawn: Samples) -> np.ndarray:
@@ -68,7 +75,25 @@ def _cell(comparison: Comparison, caption: int, drawn: Samples) -> np.ndarray:
     crops = [_crop(image, *at_sign), _crop(image, *at_arm)]
     large = figures.contact_sheet(image[None], columns=1, enlarge=6)
     small = [figures.contact_sheet(c[None], columns=1, enlarge=8) for c in crops]
-    return np.concatenate([large, np.concatenate(small, axis=0)], axis=1)
+    return with_crops(large, small)
+
+
+def with_crops(picture: np.ndarray, crops: Sequence[np.ndarray]) -> np.ndarray:
+    """A picture ``[H, W, 3]`` and right of it, one above the other, crops; white between them.
+
+    Args:
+        picture: uint8.
+        crops: of one width, together as high as the picture.
+    """
+    height = len(picture) + GUTTER * (len(crops) - 1)
+    width = crops[0].shape[1]
+    sheet = np.full((height, picture.shape[1] + GUTTER + width, 3), 255, dtype=np.uint8)
+    top = (height - len(picture)) // 2
+    sheet[top : top + len(picture), : picture.shape[1]] = picture
+    for k, crop in enumerate(crops):
+        at = k * (len(crop) + GUTTER)
+        sheet[at : at + len(crop), -width:] = crop
+    return sheet
 
 
 def _crop(image: Tensor, x: int, y: int) -> Tensor:
@@ -93,11 +118,13 @@ def spectra(comparison: Comparison) -> Figure:
     for family in ("naive", *TRAJECTORY):
         steps = comparison.steps_of(family)
         groups[TITLES[family]] = {
-            f"{n}": (comparison.measured[family, n].power / teacher).tolist() for n in steps
+            f"{n} step{'s' * (n > 1)}": (comparison.measured[family, n].power / teacher).tolist()
+            for n in steps
         }
     rings = [k / 32 for k in range(1, len(teacher) + 1)]
+    colours = {TITLES[f]: shades(f, len(groups[TITLES[f]])) for f in ("naive", *TRAJECTORY)}
     return charts.ratio_lines(
-        groups, x=rings, xlabel="cycles per pixel", ylabel="power / teacher's"
+        groups, x=rings, xlabel="cycles per pixel", ylabel="power / teacher's", colours=colours
     )
 
 
@@ -107,4 +134,5 @@ def readable(comparison: Comparison) -> Figure:
         endpoint_errors(comparison),
         xlabel="mean squared distance to the teacher's sample from the same noise",
         ylabel="signs read",
+        colours=_COLOURS,
     )

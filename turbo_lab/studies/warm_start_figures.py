@@ -13,11 +13,13 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from turbo_lab.charts import judged, judged_blocks, judged_sheet
-from turbo_lab.figures import ACCENT, INK, SECOND, SOFT, style
-from turbo_lab.studies.distribution_figures import hue_bars
+from turbo_lab.figures import INK, SOFT, style
+from turbo_lab.palette import colour_of, shades
+from turbo_lab.studies.distribution_figures import SHOWN, Look, hue_bars
 from turbo_lab.studies.matching import PARTS
 from turbo_lab.studies.warm_start import (
     ALL_METRICS,
+    ALONE,
     DIRECT,
     MOST,
     TEACHER,
@@ -71,7 +73,7 @@ def pictures(comparison: Comparison, *, count: int = 9, seed: int = 0) -> Figure
 
 
 def one_caption(comparison: Comparison, *, prompt: int = 0, seed: int = 0) -> Figure:
-    """Many noises of one caption: teacher, direct DMD2 and DMD2 after the warm start.
+    """Some noises of one caption: teacher, direct DMD2 and DMD2 after the warm start.
 
     Args:
         comparison: of all students.
@@ -79,14 +81,15 @@ def one_caption(comparison: Comparison, *, prompt: int = 0, seed: int = 0) -> Fi
         seed: which training is shown.
     """
     noises = comparison.budget.noises
-    columns = max(1, round(noises**0.5))
+    count = min(SHOWN, noises)
+    columns = max(1, round(count**0.5))
     with style():
-        figure = Figure(figsize=(2.9 * len(SHORT), 3.1), layout="constrained")
+        figure = Figure(figsize=(3.2 * len(SHORT), 3.4), layout="constrained")
         for axis, (family, title) in zip(
             figure.subplots(1, len(SHORT)), SHORT.items(), strict=True
         ):
             images = _of_training(comparison, family, seed, prompts=True)
-            shown = judged(images[prompt * noises : (prompt + 1) * noises])
+            shown = judged(images[prompt * noises : prompt * noises + count])
             judged_sheet(axis, shown, columns=columns)
             axis.set_title(title)
     return figure
@@ -139,6 +142,7 @@ def share_lines(comparison: Comparison, rows: pd.DataFrame) -> Figure:
         rows: of `turbo_lab.studies.warm_start_sweeps.sweep`.
     """
     at = {f: 100 * share for f, share in shares().items() if f in comparison.families}
+    colour = colour_of(WARM)
     with style():
         figure = Figure(figsize=(8.6, 4.2), layout="constrained")
         for axis, metric in zip(figure.subplots(2, 3).ravel(), SWEPT, strict=True):
@@ -148,13 +152,22 @@ def share_lines(comparison: Comparison, rows: pd.DataFrame) -> Figure:
             first, others = of[of["training"] == 0], of[of["training"] > 0]
             error = _whiskers(first)
             axis.errorbar(
-                first["at"], first["value"], yerr=error, color=ACCENT, marker="o", ms=4, lw=1.2,
+                first["at"], first["value"], yerr=error, color=colour, marker="o", ms=4, lw=1.2,
                 capsize=2,
             )  # fmt: skip
-            axis.plot(others["at"], others["value"], "o", mfc="none", mec=ACCENT, ms=4, mew=0.8)
+            axis.plot(others["at"], others["value"], "o", mfc="none", mec=colour, ms=4, mew=0.8)
             axis.set(title=ALL_METRICS[metric], xticks=list(at.values()))
             axis.set_xlabel("% of the calls before DMD2")
     return figure
+
+
+def looks(comparison: Comparison) -> dict[str, Look]:
+    """How the trainings of `warm_start_sweeps.curves` are drawn: darker with a longer start."""
+    direct, *warm = sweeps(comparison)["warm start"].items()
+    started = [label for family, label in warm if family != ALONE]
+    colours = shades(WARM, len(started))
+    own = {label: (colour, "-") for label, colour in zip(started, colours, strict=True)}
+    return {direct[1]: (colour_of(direct[0]), "-"), **own}
 
 
 def choices(comparison: Comparison, rows: pd.DataFrame, metrics: Sequence[str]) -> Figure:
@@ -180,7 +193,7 @@ def choices(comparison: Comparison, rows: pd.DataFrame, metrics: Sequence[str]) 
             of = rows[rows["metric"] == metric]
             _teacher_band(axis.axvspan, rows, metric)
             direct = of[(of["family"] == DIRECT) & (of["training"] == 0)]
-            axis.axvline(float(direct["value"].iloc[0]), color=SECOND, lw=1)
+            axis.axvline(float(direct["value"].iloc[0]), color=colour_of(DIRECT), lw=1)
             _dots(axis, of, labels)
             axis.set_title(ALL_METRICS[metric], fontsize=8)
         axes[0].set_yticks(range(len(labels)), list(labels.values()), fontsize=8)
@@ -192,7 +205,7 @@ def _dots(axis: Axes, of: pd.DataFrame, labels: Mapping[str, str]) -> None:
     for y, family in enumerate(labels):
         own = of[of["family"] == family]
         first, others = own[own["training"] == 0], own[own["training"] > 0]
-        colour = SECOND if family.startswith(DIRECT) else ACCENT
+        colour = colour_of(family)
         axis.errorbar(
             first["value"], [y], xerr=_whiskers(first), color=colour, fmt="o", ms=4, lw=1, capsize=2
         )
