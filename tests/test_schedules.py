@@ -29,6 +29,7 @@ from turbo_lab.schedules import (
     wanted_by,
 )
 from turbo_lab.studies.factory_schedules import sigma_figure
+from turbo_lab.studies.hostile_loras import UNTIMED
 from turbo_lab.testbeds.qwen_image import tokens_of
 
 ROWS = pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row.name)
@@ -147,12 +148,34 @@ def test_a_fixed_shift_is_read_as_diffusers_reads_it() -> None:
         {"scheduler": "{}", "steps": "0"},
         {"scheduler": "{}", "steps": "2.5"},
         {"scheduler": "{}", "steps": "1000000"},
+        {"scheduler": '{"shift_terminal": 1%s}' % ("0" * 400)},
+        {"scheduler": '{"use_dynamic_shifting": true, "base_shift": null}'},
+        *(UNTIMED[name] for name in ("sigmas-huge", "shift-huge", "mu-overflows", "mu-of-30")),
     ],
-    ids=str,
+    ids=lambda metadata: str(metadata)[:80],
 )
 def test_a_file_that_makes_no_sense_is_one_sentence(metadata: dict[str, str]) -> None:
-    with pytest.raises(BadInput):
+    with pytest.raises(BadInput) as error:
         wanted_by(metadata)
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("mu-steep", "mu=36864"), ("times-equal-in-float32", "times="), ("terminal-0-in", "times=")],
+)
+def test_settings_without_falling_times_are_refused_when_they_are_asked(
+    name: str, said: str
+) -> None:
+    (metadata,) = (words for key, words in UNTIMED.items() if key.startswith(name))
+    wanted = wanted_by(metadata)
+    assert wanted.schedule is not None and wanted.steps == 2
+    with pytest.raises(BadInput, match=said):
+        wanted.schedule.grid(wanted.steps, tokens_of(1024))
+
+
+def test_a_time_that_is_0_in_float32_is_the_closing_one() -> None:
+    assert wanted_by({"sigmas": "[1.0, 1e-50]"}) == Wanted(steps=1, sigmas=(1.0,))
 
 
 # --- for a reader -------------------------------------------------------------------------------
