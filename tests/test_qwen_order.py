@@ -120,6 +120,11 @@ def test_few_steps_at_the_models_own_times_warn(
     assert times_for(order.bundle, (), schedule="", steps=None, tokens=16).steps == 50
 
 
+@pytest.mark.parametrize("schedule", ["", "wuli-2"])
+def test_one_step_can_be_asked_for(ask: Callable[..., Order], schedule: str) -> None:
+    assert ask(steps=1, schedule=schedule).times.grid.tolist() == [1.0, 0.0]
+
+
 def test_pictures_are_shared_out_over_prompts(ask: Callable[..., Order]) -> None:
     order = ask(batch=4)
     assert order.prompts == (TEXTS[0], TEXTS[0], TEXTS[1], TEXTS[1])

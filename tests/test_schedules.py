@@ -74,6 +74,12 @@ def test_few_steps_with_the_models_own_settings_warn(steps: int) -> None:
 
 
 @pytest.mark.filterwarnings("error")
+def test_one_step_begins_at_1_whatever_the_terminal() -> None:
+    for schedule in (BASE, *(row.schedule for row in PUBLISHED)):
+        assert schedule.grid(1, tokens_of(1024)).tolist() == [1.0, 0.0]
+
+
+@pytest.mark.filterwarnings("error")
 def test_nobody_is_warned_of_a_published_row_or_of_many_steps() -> None:
     for row in PUBLISHED:
         row.schedule.grid(row.steps, tokens_of(1024))

@@ -61,10 +61,13 @@ class Schedule:
     def grid(self, steps: int, tokens: int) -> Tensor:
         """Times of the many-step sampler ``[steps + 1]``, falling from 1 to 0.
 
+        One step begins at 1 and is not stretched; diffusers' own scheduler divides by 0 there.
+
         Raises:
             BadInput: no number of steps, or settings with which times do not fall in float32.
         """
-        grid = time_grid(steps, shift=self.shift(tokens), terminal=self.terminal)
+        terminal = None if steps == 1 else self.terminal
+        grid = time_grid(steps, shift=self.shift(tokens), terminal=terminal)
         check_falling(grid)
         return grid
 
