@@ -336,7 +336,7 @@ def load_tokenizer(bundle: Bundle) -> Any:
     """Load the tokenizer.
 
     Raises:
-        MissingPiece: it is missing or damaged.
+        MissingPiece: it is missing or damaged, or has no vocabulary.
     """
     from transformers import Qwen2Tokenizer
 
@@ -344,7 +344,25 @@ def load_tokenizer(bundle: Bundle) -> Any:
     if not folder.is_dir():
         raise MissingPiece(f"The tokenizer of {bundle.model} is missing.")
     with _loading(bundle, "tokenizer"):
-        return Qwen2Tokenizer.from_pretrained(folder)
+        tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+    stock = stock_template()
+    # Without its files transformers 5 makes one of a single token and says nothing; the pipeline
+    # then drops as many tokens as the template begins with, and of a prompt nothing is left.
+    ids = tokenizer(stock.prompt_template_encode.format(""))["input_ids"]
+    if len(ids) <= stock.prompt_template_encode_start_idx:
+        raise MissingPiece(
+            f"The tokenizer of {bundle.model} is not complete: it has no vocabulary to read a "
+            "prompt with."
+        )
+    return tokenizer
+
+
+def stock_template() -> Any:
+    """A stock pipeline of nothing: it knows the text around a prompt."""
+    from diffusers import QwenImagePipeline
+
+    parts = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "transformer"))
+    return QwenImagePipeline(**parts)
 
 
 def _check_room(bundle: Bundle, device: str) -> None:
