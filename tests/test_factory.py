@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from factory_world import SMALL, changed, fitted, history, job, student_gradient
 from torch import Tensor
 
-from turbo_lab import factory, factory_memory
+from turbo_lab import factory, factory_data, factory_memory
 from turbo_lab.errors import BadInput, MissingPiece
 from turbo_lab.factory_memory import check_memory, memory_plan
 from turbo_lab.factory_plan import Job
@@ -32,6 +33,7 @@ from turbo_lab.store import Store
 from turbo_lab.streams import Draw
 from turbo_lab.testbeds.qwen_buckets import square
 from turbo_lab.testbeds.qwen_pictures import encoded
+from turbo_lab.testbeds.qwen_schedule import Schedule
 
 # --- training -----------------------------------------------------------------------------------
 
@@ -57,6 +59,33 @@ def test_every_method_trains_and_leaves_an_artefact(
     assert all("lora_A" in key or "lora_B" in key for key in weights)
     assert any(bool(v.any()) for key, v in weights.items() if "lora_B" in key)
     assert factory.trained(work, store=factory_caches).path == artefact.path
+
+
+def test_another_scheduler_or_tokenizer_is_another_training(
+    factory_world: Path, tmp_path: Path
+) -> None:
+    """The teacher's samples come from its times, and every prompt through the tokenizer."""
+
+    def keys(recipe: str) -> tuple[Any, Any]:
+        work = job(tmp_path, recipe)
+        times: Any = SimpleNamespace(schedule=Schedule.of(work.bundle))
+        plan = factory_data._planned(work, times, 10, square(32), work.prompts, 2, 0)
+        return work.specs(), (plan.identity, plan.grid.tolist())
+
+    shutil.copytree(factory_world, tmp_path, dirs_exist_ok=True)
+    plain, drawn = keys("dmd2-2"), keys("direct-2")
+    changed_json(tmp_path / "model/scheduler/scheduler_config.json", max_shift=1.6)
+    assert keys("dmd2-2")[0] == plain[0] and keys("direct-2")[0] != drawn[0]
+    assert keys("direct-2")[1] != drawn[1]
+    shutil.copytree(factory_world, tmp_path, dirs_exist_ok=True)
+    assert (keys("dmd2-2"), keys("direct-2")) == (plain, drawn)
+    changed_json(tmp_path / "model/tokenizer/tokenizer.json", version="another")
+    assert keys("dmd2-2")[0] != plain[0]
+    assert keys("direct-2")[0] != drawn[0] and keys("direct-2")[1] != drawn[1]
+
+
+def changed_json(file: Path, **values: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
 def test_real_images_train_too(factory_world: Path, factory_caches: Store) -> None:

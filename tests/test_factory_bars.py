@@ -30,12 +30,14 @@ def test_what_slips_through_or_is_refused_for_something_else_is_counted(shop: Wo
         "fitting": (lambda: mine, "no linear layer"),
         "nan": (HOSTILE["nan"][0], "it is empty"),
     }
-    found = factory_bars.misjudged(shop, files)
+    words = {"silly": {"sigmas": "[2]"}, "plain": {"sigmas": "[1.0, 0.5]"}}
+    found = factory_bars.misjudged(shop, files, words)
     assert found == [
         "harmless, imported",
         "fitting, imported",
         "fitting, drawn with",
         "nan, imported",
+        "plain, followed",
     ]
 
 

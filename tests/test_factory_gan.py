@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from turbo_lab.recipes.models import Pairs
 from turbo_lab.recipes.qwen_image import QwenGan, QwenRecipe, resolve_qwen
 from turbo_lab.store import Store
 from turbo_lab.streams import Draw
+from turbo_lab.testbeds import qwen_files, qwen_image
 from turbo_lab.testbeds.qwen_buckets import square
 from turbo_lab.testbeds.qwen_files import load_vae, located
 from turbo_lab.testbeds.qwen_pictures import encoded
@@ -134,6 +136,27 @@ def test_the_gan_terms_gradient_survives_recomputation(
     assert any(float(g.abs().max()) > 0 for g in got[0].values())
     for key, gradient in got[0].items():
         torch.testing.assert_close(got[1][key], gradient, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["teacher", "fake"])
+def test_taps_of_a_base_in_bfloat16_are_judged_in_float32(
+    factory_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """As it is loaded on a GPU."""
+    monkeypatch.setattr(
+        qwen_image, "load_transformer", partial(qwen_files.load_transformer, dtype=torch.bfloat16)
+    )
+    work = turbo(factory_world, GANS[kind])
+    bench = factory._bench(work, Store(cache=tmp_path))
+    objective = bench.objective(work.recipe.stages[0], 0)
+    assert isinstance(objective, WithGan)
+    draw = Draw(seed=1, step=0, total=2)
+    terms = objective.critic_loss(bench.supply(1, draw), draw)
+    loss = torch.stack([terms["teacher"], terms["student"]])
+    loss.sum().backward()
+    assert loss.dtype == torch.float32 and bool(loss.isfinite().all())
+    critic: Any = objective.critic
+    assert all(p.grad is not None for _, p in critic.named_parameters())
 
 
 def test_heads_learn_two_prompts_by_heart_and_nothing_else_moves(

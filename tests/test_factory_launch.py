@@ -13,6 +13,7 @@ import torch
 from factory_world import job
 
 from turbo_lab import factory
+from turbo_lab.errors import BadInput
 from turbo_lab.features import RANDOM
 from turbo_lab.ranks import ALONE, joined
 from turbo_lab.store import Artefact, Store
@@ -86,6 +87,24 @@ def test_what_accelerate_sets_for_one_process_means_alone(monkeypatch: pytest.Mo
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     assert joined("cpu") is ALONE and not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE='x' is not allowed: a launcher sets it"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "-1"}, "LOCAL_RANK='-1'"),
+    ],
+    ids=str,
+)
+def test_variables_that_no_launcher_sets_are_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], said: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInput, match=said):
+        joined("cpu")
 
 
 if __name__ == "__main__":  # the command itself, by one of several processes that then says which

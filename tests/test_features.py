@@ -7,6 +7,7 @@ from functools import cache
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 import timm
@@ -16,6 +17,7 @@ from small_lab import TINY
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.overrides import TorchFunctionMode
 
 from turbo_lab import features
 from turbo_lab.adapters import AdapterSize, Host, Worn
@@ -314,6 +316,32 @@ def test_a_spectral_layer_is_what_the_power_iteration_comes_to() -> None:
         theirs = spectral_norm(plain, n_power_iterations=200)
         x = torch.randn(4, shape[0])
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+class Heard(TorchFunctionMode):
+    """Keeps the dtype of every matrix whose eigenvalues are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.linalg.eigvalsh:
+            self.dtypes.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_spectral_layer_asks_for_eigenvalues_in_float32_under_autocast() -> None:
+    """Nothing computes them in bfloat16; a GPU's autocast, other than a CPU's, does not lift it."""
+    torch.manual_seed(0)
+    layer, x = SpectralLinear(7, 3), torch.randn(4, 7)
+    with torch.autocast("cpu", torch.bfloat16), Heard() as heard:
+        product = layer.weight @ layer.weight.T
+        inside = layer(x)
+    assert product.dtype == torch.bfloat16 and heard.dtypes == [torch.float32]
+    torch.testing.assert_close(inside.float(), layer(x), rtol=0.02, atol=0.02)
 
 
 def pixel_critic(captions: tuple[int, int] | None = None) -> FeatureCritic:

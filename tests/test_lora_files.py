@@ -23,7 +23,16 @@ from turbo_lab.lora_names import COMFYUI, DIFFUSERS, OURS, Shapes, renamed, sche
 from turbo_lab.lora_read import Lora, read_lora
 from turbo_lab.recipes import resolve
 from turbo_lab.studies import hostile_loras
-from turbo_lab.studies.hostile_loras import GOOD, HOSTILE, LAYER, OTHER, pair, weights, write
+from turbo_lab.studies.hostile_loras import (
+    GOOD,
+    HOSTILE,
+    LAYER,
+    OTHER,
+    UNTIMED,
+    pair,
+    weights,
+    write,
+)
 from turbo_lab.testbeds.linears import postcard_linears, qwen_linears
 
 
@@ -207,6 +216,16 @@ def test_a_hostile_file_is_one_sentence_and_nothing_is_written(
     assert result.stderr.count("\n") == 1 and len(result.stderr) < 500
     assert result.stderr.isascii() and result.stdout == ""
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", UNTIMED)
+def test_words_for_times_that_no_sampler_can_follow_are_as_if_not_said(
+    name: str, tmp_path: Path, shapes: Shapes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora_import, "postcard_linears", lambda _: shapes)
+    path = write(tmp_path, "x", save(pair(), dict(UNTIMED[name])))
+    found = lora_import.incoming(path, testbed="postcards")
+    assert found.times == () and "steps       not known" in lora_import.described(found)
 
 
 @pytest.mark.parametrize("name", ["header-huge", "header-million", "shape-bomb", "offsets-beyond"])

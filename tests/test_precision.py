@@ -56,6 +56,16 @@ def test_attention_alone_is_computed_in_float32(call: Callable[..., Tensor]) -> 
     assert torch.equal(halves, exact.bfloat16())  # rounded once, at the end
 
 
+def test_a_call_without_gradients_leaves_the_next_one_its_own() -> None:
+    """Weights are cast once and kept; torch below the bound in pyproject.toml kept them without."""
+    layer, x = torch.nn.Linear(4, 4), torch.ones(2, 4)
+    with bfloat16(CPU):
+        with torch.no_grad():
+            layer(x)
+        layer(x).float().sum().backward()
+    assert layer.weight.grad is not None and bool(layer.weight.grad.any())
+
+
 def test_a_stage_says_so_and_another_precision_is_another_artefact(tmp_path: Path) -> None:
     whole = recipes.resolve("teacher", profile="smoke")
     stage = whole.stages[0]

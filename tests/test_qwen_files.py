@@ -70,6 +70,8 @@ def test_other_pipelines_and_settings_are_refused(bundle: Bundle, tmp_path: Path
             "big",
             "max_shift of the scheduler is 'big'",
         ),
+        ("scheduler/scheduler_config.json", "base_shift", 5000, "base_shift of .* is 5000"),
+        ("scheduler/scheduler_config.json", "max_image_seq_len", 256, "must not be the base's"),
         ("text_encoder/config.json", "model_type", "t5", "model_type of the text_encoder is t5"),
         ("model_index.json", "vae", 3, "its vae is 3"),
     ):

@@ -22,12 +22,13 @@ from turbo_lab.sample import final, sample
 from turbo_lab.store import Store
 from turbo_lab.streams import Draw, noise
 from turbo_lab.testbeds import qwen_data, qwen_files, qwen_pictures
+from turbo_lab.testbeds.photos import read_photo
 from turbo_lab.testbeds.postcards import pack
 from turbo_lab.testbeds.qwen_buckets import Shape, square
 from turbo_lab.testbeds.qwen_data import NULL, Prompts, embedded, items
 from turbo_lab.testbeds.qwen_files import Bundle, load_vae, located
 from turbo_lab.testbeds.qwen_image import QwenImage, Schedule, open_testbed, tokens_of
-from turbo_lab.testbeds.qwen_pictures import Codec, encoded, find_images, fitted
+from turbo_lab.testbeds.qwen_pictures import Codec, assigned, encoded, find_images, fitted
 from turbo_lab.testbeds.qwen_sizes import counted_parameters
 
 TEXTS = ("a cat", "two dogs on the moss, the sign reads 42")
@@ -283,6 +284,33 @@ def test_folders_of_images_are_checked_before_anything_is_loaded(tmp_path: Path)
     for wrong in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(BadInput, match=r"^images="):
             find_images(wrong, size=64)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_a_picture_that_is_cut_off_is_named(tmp_path: Path, kind: str) -> None:
+    """Its head is whole, so nothing before the decoding of its pixels notices."""
+    file = tmp_path / f"cut.{kind}"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert find_images(tmp_path, size=64) == (file,)
+    with pytest.raises(BadInput, match=rf"^images='.*cut\.{kind}' is not allowed: it is damaged"):
+        fitted(file, square(64))
+
+
+def test_a_picture_with_too_many_pixels_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_qwen.write_images(tmp_path, n=1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow refuses twice as many
+    for read in (
+        lambda: find_images(folder, size=64),
+        lambda: assigned([folder / "00.png"], [square(64)]),
+        lambda: fitted(folder / "00.png", square(64)),
+        lambda: read_photo(folder / "00.png"),
+    ):
+        with pytest.raises(BadInput, match=r"00\.png' is not allowed: it has more pixels"):
+            read()
 
 
 # --- sizes --------------------------------------------------------------------------------------

@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from sample_world import SIZE, TEXTS, WULI, SampleWorld, close, no_garbage, with_times
+from sample_world import (
+    SIZE,
+    TEXTS,
+    WULI,
+    SampleWorld,
+    close,
+    no_garbage,
+    with_times,
+)
 from typer.testing import CliRunner
 
 from turbo_lab import qwen_sample
@@ -24,6 +32,7 @@ from turbo_lab.qwen_order import PARTS, STOCK, Fast, Order, checked_order, times
 from turbo_lab.qwen_sample import Drawn, kept_bytes, loaded_bytes, opened
 from turbo_lab.schedules import scheduler_config
 from turbo_lab.store import Store
+from turbo_lab.studies.hostile_loras import UNTIMED
 from turbo_lab.testbeds.qwen_files import load_transformer
 
 
@@ -88,6 +97,20 @@ def test_times_come_from_the_table_by_the_files_name(
     assert ask(loras=[file], steps=3).times.known == "published as wuli-2, for 2 steps"
 
 
+@pytest.mark.parametrize("name", UNTIMED)
+def test_words_of_another_tool_are_as_if_not_said(
+    ask: Callable[..., Order], loras: tuple[Path, Path], tmp_path: Path, name: str
+) -> None:
+    """As `turbo_lab.lora_import` has it; the table, the model and a schedule still say."""
+    words = {key: json.loads(text) for key, text in UNTIMED[name].items()}
+    foreign = with_times(loras[0], tmp_path / "a.safetensors", **words)
+    times = ask(loras=[foreign]).times
+    assert (times.steps, times.known) == (50, "the model's own scheduler")
+    known = with_times(foreign, tmp_path / "Qwen-Image-Lightning-4steps-V2.0.safetensors")
+    assert "lightning-4" in ask(loras=[known]).times.known
+    assert ask(loras=[foreign], schedule="wuli-2").times.steps == 2
+
+
 def test_few_steps_at_the_models_own_times_warn(
     ask: Callable[..., Order], loras: tuple[Path, Path]
 ) -> None:
@@ -95,6 +118,11 @@ def test_few_steps_at_the_models_own_times_warn(
         order = ask(loras=loras[:1], steps=2)
     assert order.times.known == "the model's own scheduler"
     assert times_for(order.bundle, (), schedule="", steps=None, tokens=16).steps == 50
+
+
+@pytest.mark.parametrize("schedule", ["", "wuli-2"])
+def test_one_step_can_be_asked_for(ask: Callable[..., Order], schedule: str) -> None:
+    assert ask(steps=1, schedule=schedule).times.grid.tolist() == [1.0, 0.0]
 
 
 def test_pictures_are_shared_out_over_prompts(ask: Callable[..., Order]) -> None:

@@ -71,6 +71,22 @@ def test_training_and_drawing_say_it_before_a_model_is_loaded(factory_world: Pat
         checked_order(prompts=[OVER], model=model, width=64, height=64, batch=4)
 
 
+def test_a_tokenizer_without_its_vocabulary_is_one_sentence(
+    factory_world: Path, tmp_path: Path
+) -> None:
+    """transformers makes one of a single token of it, and prompts would be embedded as nothing."""
+    model = tmp_path / "model"
+    shutil.copytree(factory_world / "model", model)
+    (model / "tokenizer" / "tokenizer.json").unlink()
+    store = Store(cache=tmp_path / "cache")
+    for read in (
+        lambda bundle: warn_of_cuts(bundle, [LONG]),
+        lambda bundle: embedded(bundle, ["a cat"], " ", store=store, device="cpu"),
+    ):
+        with pytest.raises(MissingPiece, match=r"^The tokenizer of .*model is not complete"):
+            read(located(str(model)))
+
+
 def test_a_tokenizer_that_cannot_be_read_is_one_sentence(
     factory_world: Path, tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ from turbo_lab.schedules import (
     wanted_by,
 )
 from turbo_lab.studies.factory_schedules import sigma_figure
+from turbo_lab.studies.hostile_loras import UNTIMED
 from turbo_lab.testbeds.qwen_image import tokens_of
 
 ROWS = pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: row.name)
@@ -70,6 +71,12 @@ def test_the_models_own_terminal_spoils_every_adapter() -> None:
 def test_few_steps_with_the_models_own_settings_warn(steps: int) -> None:
     with pytest.warns(TerminalWarning, match="no"):
         BASE.grid(steps, tokens_of(1024))
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_step_begins_at_1_whatever_the_terminal() -> None:
+    for schedule in (BASE, *(row.schedule for row in PUBLISHED)):
+        assert schedule.grid(1, tokens_of(1024)).tolist() == [1.0, 0.0]
 
 
 @pytest.mark.filterwarnings("error")
@@ -147,12 +154,34 @@ def test_a_fixed_shift_is_read_as_diffusers_reads_it() -> None:
         {"scheduler": "{}", "steps": "0"},
         {"scheduler": "{}", "steps": "2.5"},
         {"scheduler": "{}", "steps": "1000000"},
+        {"scheduler": '{"shift_terminal": 1%s}' % ("0" * 400)},
+        {"scheduler": '{"use_dynamic_shifting": true, "base_shift": null}'},
+        *(UNTIMED[name] for name in ("sigmas-huge", "shift-huge", "mu-overflows", "mu-of-30")),
     ],
-    ids=str,
+    ids=lambda metadata: str(metadata)[:80],
 )
 def test_a_file_that_makes_no_sense_is_one_sentence(metadata: dict[str, str]) -> None:
-    with pytest.raises(BadInput):
+    with pytest.raises(BadInput) as error:
         wanted_by(metadata)
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("mu-steep", "mu=36864"), ("times-equal-in-float32", "times="), ("terminal-0-in", "times=")],
+)
+def test_settings_without_falling_times_are_refused_when_they_are_asked(
+    name: str, said: str
+) -> None:
+    (metadata,) = (words for key, words in UNTIMED.items() if key.startswith(name))
+    wanted = wanted_by(metadata)
+    assert wanted.schedule is not None and wanted.steps == 2
+    with pytest.raises(BadInput, match=said):
+        wanted.schedule.grid(wanted.steps, tokens_of(1024))
+
+
+def test_a_time_that_is_0_in_float32_is_the_closing_one() -> None:
+    assert wanted_by({"sigmas": "[1.0, 1e-50]"}) == Wanted(steps=1, sigmas=(1.0,))
 
 
 # --- for a reader -------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def test_published_times_have_settings_as_far_as_their_digits_go(row: Any) -> No
 
 
 def test_no_setting_gives_these_times_and_then_the_scheduler_keeps_what_it_is_given() -> None:
-    for times in ((1.0, 0.9, 0.2, 0.1), (1.0, 0.99, 0.5), (0.9, 0.5)):
+    for times in ((1.0, 0.9, 0.2, 0.1), (1.0, 0.99, 0.5), (0.9, 0.5), (1.0, 1e-20)):
         assert settings_for(times) is None
         sigmas = stock_sigmas(stock_config(times, 0.0), len(times), list(times))
         torch.testing.assert_close(sigmas, grid_from_times(times), rtol=0, atol=1e-6)

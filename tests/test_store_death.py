@@ -20,6 +20,7 @@ from store_world import NAME, SPEC, fill, hidden, never
 
 from turbo_lab import atomic
 from turbo_lab.checkpoints import Checkpoints
+from turbo_lab.lora_export import write_lora
 from turbo_lab.store import Store, read_folder
 
 FORK = multiprocessing.get_context("fork")  # children need no second import
@@ -171,6 +172,38 @@ def test_killed_at_every_disk_call_an_artefact_is_old_or_new(tmp_path: Path) -> 
             home.get_or_make(NAME, SPEC, lambda folder: write_round(folder, 0), fresh=True)
     assert calls > 15
     assert seen == {bytes(4), b"\0\0\0\1"}
+
+
+def test_killed_at_every_disk_call_a_lora_is_old_or_new(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    file, seen, calls = tmp_path / "x.safetensors", set(), 0
+
+    def write(n: int) -> None:
+        write_lora(file, {"w": torch.full((20_000,), float(n))}, {})
+
+    write(0)
+    while die_at(lambda: write(1), calls):
+        calls += 1
+        (number,) = load_file(file)["w"].unique().tolist()
+        seen.add(number)
+        write(0)
+        assert list(tmp_path.iterdir()) == [file]  # what the dead left is gone
+    assert seen == {0.0, 1.0}
+
+
+def test_a_lora_is_on_the_disk_before_it_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    done: list[str] = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, n=name, r=real: (done.append(n), r(*a))[1])
+    write_lora(tmp_path / "x.safetensors", {"w": torch.zeros(1)}, {})
+    assert done == ["fsync", "replace", "fsync"]  # the file, its name, the folder
 
 
 def test_killed_at_10_random_points_the_newest_checkpoint_is_whole(tmp_path: Path) -> None:

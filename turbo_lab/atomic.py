@@ -34,10 +34,8 @@ _REASONS = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EFBIG: "the file would be larger than allowed there",
     errno.EROFS: "the file system is read-only",
-    errno.EACCES: "there is no permission",
-    errno.EPERM: "there is no permission",
-    errno.ENOTDIR: "a file is in the place of a folder",
-    errno.EEXIST: "a file is in the place of a folder",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "there is no permission"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file is in the place of a folder"),
 }
 _DISK_ONLY = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # cannot mean anything but the disk
 _OURS = re.compile(r"\.(tmp|old)-([0-9a-f]{8})-(\d+)-[0-9a-f]{12}~(.+)")
@@ -51,8 +49,9 @@ class Damaged(StoreError):
 # Files
 
 
-def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old or the new content, never a part.
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give a name beside a file to write to; on a clean exit that is the file, on the disk.
 
     Raises:
         StoreError: the folder cannot be written in; the old content is untouched.
@@ -62,14 +61,19 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
         try:
-            with temp.open("xb") as file:
-                file.write(data)
-                file.flush()
+            yield temp
+            with temp.open("rb+") as file:  # only Windows needs a writable file to flush it
                 os.fsync(file.fileno())
             os.replace(temp, path)
             _sync_folder(path.parent)
         finally:
             temp.unlink(missing_ok=True)
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Write a file by `atomic_file`: readers see the old or the new content, never a part."""
+    with atomic_file(path) as temp:
+        temp.write_bytes(data)
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -252,8 +256,7 @@ def sweep(folder: Path) -> None:
     """Clear what dead processes left in a folder; bring back a target they were replacing."""
     with suppress(OSError):
         for entry in list(folder.iterdir()):
-            match = _OURS.fullmatch(entry.name)
-            if match is None or _alive(entry, match[2], int(match[3])):
+            if not (match := _OURS.fullmatch(entry.name)) or _alive(entry, match[2], int(match[3])):
                 continue
             target = folder / match[4]
             with suppress(OSError):
@@ -347,10 +350,8 @@ def _alive(entry: Path, machine: str, pid: int) -> bool:
         return time.time() - entry.lstat().st_mtime < _ABANDONED
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
@@ -380,10 +381,9 @@ def _number(error: Exception) -> int | None:
     """The errno of a Python error, or of one that safetensors passes on from Rust as text."""
     if isinstance(error, OSError):
         return error.errno or errno.EIO
-    if type(error).__name__ == "SafetensorError":
-        match = re.search(r"os error (\d+)", str(error))
-        return int(match[1]) if match else None
-    return None
+    ours = type(error).__name__ == "SafetensorError"
+    match = re.search(r"os error (\d+)", str(error)) if ours else None
+    return int(match[1]) if match else None
 
 
 def _is_about(error: Exception, folder: Path) -> bool:

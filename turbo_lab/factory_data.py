@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from turbo_lab.errors import BadInput
-from turbo_lab.factory_plan import Job, gans
+from turbo_lab.factory_plan import Job, pairs_of
 from turbo_lab.fit import Batch
 from turbo_lab.methods.gan import mixed
 from turbo_lab.recipes.models import Pairs
@@ -79,12 +79,6 @@ def supplies_of(job: Job, testbed: QwenImage, images: Supply | None, store: Stor
     )
 
 
-def pairs_of(recipe: QwenRecipe) -> tuple[Pairs, ...]:
-    """Samples of the teacher that a recipe needs: the methods' data, and critics' real sides."""
-    wanted = (recipe.pairs, *(gan.pairs for gan in gans(recipe) if gan.rho < 1))
-    return tuple(dict.fromkeys(pairs for pairs in wanted if pairs is not None))
-
-
 # --- real images --------------------------------------------------------------------------------
 
 
@@ -146,6 +140,7 @@ def _planned(
         identity={
             "model": job.bundle.identity("transformer"),
             "encoder": job.bundle.identity("text_encoder"),
+            "tokenizer": job.bundle.identity("tokenizer"),
             "guidance_scale": job.recipe.guidance_scale,
             "negative": job.recipe.negative,
             "device": job.device,

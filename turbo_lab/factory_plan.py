@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from turbo_lab.errors import BadInput
 from turbo_lab.features import HUB, RANDOM
-from turbo_lab.recipes.models import Profile
+from turbo_lab.recipes.models import Pairs, Profile
 from turbo_lab.recipes.qwen_changes import changed
 from turbo_lab.recipes.qwen_image import ADAPTER, QwenRecipe, resolve_qwen
 from turbo_lab.recipes.qwen_models import QwenGan
@@ -19,6 +19,7 @@ from turbo_lab.testbeds.qwen_buckets import Buckets, Shape, shapes_of
 from turbo_lab.testbeds.qwen_data import warn_of_cuts
 from turbo_lab.testbeds.qwen_files import DEFAULT_MODEL, SCALE, Bundle, dtype_on, located
 from turbo_lab.testbeds.qwen_pictures import assigned, check_pictures, file_hash, list_images
+from turbo_lab.testbeds.qwen_schedule import Schedule
 from turbo_lab.testbeds.qwen_sources import (
     TABLES,
     Picture,
@@ -81,6 +82,7 @@ class Job(Asked):
         facts: dict[str, Any] = {
             "model": self.bundle.identity("transformer"),
             "encoder": self.bundle.identity("text_encoder"),
+            "tokenizer": self.bundle.identity("tokenizer"),
             "dtype": str(dtype_on(self.device)).removeprefix("torch."),
             "prompts": _text_hash(self.prompts),
         }
@@ -88,7 +90,14 @@ class Job(Asked):
             facts["vae"] = self.bundle.identity("vae")
             facts["images"] = _text_hash(file_hash(file) for file in self.images)
         recipes = [self.recipe.until(k) for k in range(len(self.recipe.stages))]
-        return [{"recipe": r.spec(), **facts, **self._seen_by_critic(r)} for r in recipes]
+        return [
+            {"recipe": r.spec(), **facts, **self._drawn_for(r), **self._seen_by_critic(r)}
+            for r in recipes
+        ]
+
+    def _drawn_for(self, recipe: QwenRecipe) -> dict[str, Any]:
+        """When the teacher is called, where stages of a recipe learn from samples of it."""
+        return {"schedule": asdict(Schedule.of(self.bundle))} if pairs_of(recipe) else {}
 
     def _seen_by_critic(self, recipe: QwenRecipe) -> dict[str, Any]:
         """What a critic looks through, where the stages of a recipe have one that sees pictures."""
@@ -278,6 +287,12 @@ def _check_vit(vit: str, recipe: QwenRecipe) -> None:
 def has_before(recipe: QwenRecipe) -> bool:
     """Whether a stage is taught by the student of the stage before."""
     return any(stage.teacher == "before" for stage in recipe.stages)
+
+
+def pairs_of(recipe: QwenRecipe) -> tuple[Pairs, ...]:
+    """Samples of the teacher that a recipe needs: the methods' data, and critics' real sides."""
+    wanted = (recipe.pairs, *(gan.pairs for gan in gans(recipe) if gan.rho < 1))
+    return tuple(dict.fromkeys(pairs for pairs in wanted if pairs is not None))
 
 
 def rivals(recipe: QwenRecipe) -> list[str]:

@@ -329,7 +329,7 @@ class Taps:
     widths: tuple[int, ...]
 
     def __call__(self, x: Tensor, t: Tensor, c: Condition) -> tuple[Tensor, ...]:
-        """Return the image tokens after every module, for latents ``x [B, ...]`` at times t."""
+        """Return the image tokens after every module, float32, for latents ``x [B, ...]`` at t."""
         kept: dict[int, Tensor] = {}
         with ExitStack() as stack:
             for k, module in enumerate(self.modules):
@@ -340,7 +340,8 @@ class Taps:
 
 def _keeping(kept: dict[int, Tensor], k: int) -> Callable[[nn.Module, Any, Any], None]:
     def keep(module: nn.Module, given: Any, answer: Any) -> None:
-        kept[k] = answer[-1]  # a dual-stream block returns (text, image)
+        # A dual-stream block returns (text, image). Heads are float32, a large base is bfloat16.
+        kept[k] = answer[-1].float()
 
     return keep
 

@@ -30,7 +30,9 @@ class SpectralLinear(nn.Linear):
         """Return ``[..., out]`` for ``x [..., in]``."""
         w = self.weight
         gram = w @ w.T if len(w) <= w.shape[1] else w.T @ w
-        norm = torch.linalg.eigvalsh(gram)[-1].clamp_min(1e-12).sqrt()
+        # Autocast leaves the product in bfloat16, for which eigenvalues are not implemented. On a
+        # CPU it would lift them itself, to the same bits; on a GPU it does not.
+        norm = torch.linalg.eigvalsh(gram.float())[-1].clamp_min(1e-12).sqrt()
         return linear(x, w / norm, self.bias)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 import turbo_lab
 from turbo_lab.adapters import AdapterSize
-from turbo_lab.atomic import atomic_write_text, explained, save_tensors
+from turbo_lab.atomic import atomic_file, atomic_write_text, save_tensors
 from turbo_lab.delivery import Delivery
 from turbo_lab.errors import BadInput, NonFinite
 from turbo_lab.lora_names import ALPHA, COMFYUI, OURS, PEFT_KEY, SCHEMES, renamed
@@ -151,15 +150,11 @@ def write_lora(out: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
     Raises:
         StoreError: the folder cannot be written in.
     """
-    with (
-        explained(out.parent),
-        tempfile.TemporaryDirectory(dir=out.parent, prefix=".tmp-") as folder,
-    ):
-        written = save_tensors(Path(folder), "lora.safetensors", tensors, metadata)
-        usual = Path(folder, "usual")
-        usual.touch()  # safetensors makes files that nobody else may read
-        written.chmod(usual.stat().st_mode)
-        os.replace(written, out)
+    with atomic_file(out) as temp:
+        temp.touch()
+        usual = temp.stat().st_mode
+        save_tensors(temp.parent, temp.name, tensors, metadata)
+        temp.chmod(usual)  # safetensors makes files that nobody else may read
 
 
 def _says(path: Path, text: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -168,18 +169,29 @@ def _base(testbed: str, model: str) -> tuple[Shapes, str]:
 
 def _times(lora: Lora) -> tuple[tuple[float, ...], str]:
     """Times of the sampler, and who says so: the file, or the table of published adapters."""
-    metadata = lora.file.metadata
     try:
-        wanted = wanted_by(metadata)
-    except BadInput:  # "steps" of a stranger may be those of its training
-        wanted = wanted_by({})
-    if wanted.sigmas:
-        return wanted.sigmas, "the file says"
-    if wanted.schedule is not None and wanted.steps is not None and _is_fixed(wanted.schedule):
-        grid = wanted.schedule.grid(wanted.steps, wanted.schedule.base_tokens)
-        return tuple(grid[:-1].tolist()), "the file says"
+        said = _said(lora.file.metadata)
+    except BadInput:  # of another tool, with words of its own by the same names
+        said = ()
+    if said:
+        return said, "the file says"
     row = of_file(lora.file.path.name)
     return (row.sigmas, f"{row.known}: {row.source}") if row else ((), "")
+
+
+def _said(metadata: Mapping[str, str]) -> tuple[float, ...]:
+    """Times that a file says, the same for every size of a picture; empty where there are none.
+
+    Raises:
+        BadInput: they are none that a sampler could visit.
+    """
+    wanted = wanted_by(metadata)
+    if wanted.sigmas:
+        return wanted.sigmas
+    if wanted.schedule is None or wanted.steps is None or not _is_fixed(wanted.schedule):
+        return ()
+    grid = wanted.schedule.grid(wanted.steps, wanted.schedule.base_tokens)
+    return tuple(grid[:-1].tolist())
 
 
 def _is_fixed(schedule: Schedule) -> bool:

@@ -25,6 +25,9 @@ def bfloat16(device: torch.device) -> Iterator[None]:
     miniature is shorter so; with torch's own gradient of attention in bfloat16 it would be longer
     (LOG.md, 2026-11-28).
 
+    Losses call a network with and without gradients in one block. Before torch 2.11 a weight that
+    was first cast without gradients had none in the whole block (pytorch#158232).
+
     Args:
         device: where the tensors of the block are.
     """

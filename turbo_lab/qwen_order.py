@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from turbo_lab.errors import BadInput
-from turbo_lab.lora_files import opened
+from turbo_lab.lora_files import TensorFile, opened
 from turbo_lab.lora_read import Lora, read_lora
 from turbo_lab.path import MAX_STEPS, grid_from_times
 from turbo_lab.qwen_counts import Work
@@ -302,23 +302,44 @@ def times_for(
         grid = row.schedule.grid(steps or row.steps, tokens)
         return Times(grid=grid, eta=0.0, known=f"schedule {row.name}")
     for lora in loras:
-        file = lora.file
-        wanted, row_of_file = wanted_by(file.metadata), of_file(file.path.name)
-        eta = 1.0 if file.metadata.get("eta") == "1" else 0.0
-        if wanted.sigmas:
-            if steps not in (None, len(wanted.sigmas)):
-                why = f"{file.path.name} is for {len(wanted.sigmas)}; or name a schedule"
-                raise BadInput("steps", steps, why)
-            grid = grid_from_times(wanted.sigmas)
-            return Times(grid=grid, eta=eta, known=f"{file.path.name} says")
-        if wanted.schedule is not None and (n := steps or wanted.steps) is not None:
-            grid = wanted.schedule.grid(n, tokens)
-            other = "" if wanted.steps in (None, n) else f", but for {wanted.steps} steps"
-            return Times(grid=grid, eta=eta, known=f"{file.path.name} says{other}")
-        if row_of_file is not None:
-            n = steps or row_of_file.steps
-            other = "" if n == row_of_file.steps else f", for {row_of_file.steps} steps"
-            grid = row_of_file.schedule.grid(n, tokens)
-            return Times(grid=grid, eta=0.0, known=f"published as {row_of_file.name}{other}")
+        times = _said(lora.file, steps, tokens) or _published(lora.file, steps, tokens)
+        if times is not None:
+            return times
     grid = Schedule.of(bundle).grid(steps or TEACHER_STEPS, tokens)
     return Times(grid=grid, eta=0.0, known="the model's own scheduler")
+
+
+def _said(file: TensorFile, steps: int | None, tokens: int) -> Times | None:
+    """Times that an adapter's file says; None where it says none, or none that can be followed.
+
+    Raises:
+        BadInput: they are for another number of steps.
+    """
+    try:
+        wanted = wanted_by(file.metadata)
+        n = steps or wanted.steps
+        if wanted.sigmas:
+            grid = grid_from_times(wanted.sigmas)
+        elif wanted.schedule is not None and n is not None:
+            grid = wanted.schedule.grid(n, tokens)
+        else:
+            return None
+    except BadInput:  # of another tool, with words of its own by the same names, as in an import
+        return None
+    if wanted.sigmas and n != wanted.steps:
+        why = f"{file.path.name} is for {wanted.steps}; or name a schedule"
+        raise BadInput("steps", steps, why)
+    eta = 1.0 if file.metadata.get("eta") == "1" else 0.0
+    other = "" if wanted.steps in (None, n) else f", but for {wanted.steps} steps"
+    return Times(grid=grid, eta=eta, known=f"{file.path.name} says{other}")
+
+
+def _published(file: TensorFile, steps: int | None, tokens: int) -> Times | None:
+    """Times of the published adapter whose file has such a name; None where there is none."""
+    row = of_file(file.path.name)
+    if row is None:
+        return None
+    n = steps or row.steps
+    other = "" if n == row.steps else f", for {row.steps} steps"
+    grid = row.schedule.grid(n, tokens)
+    return Times(grid=grid, eta=0.0, known=f"published as {row.name}{other}")

@@ -134,12 +134,12 @@ def joined(device: str) -> Ranks:
         device: cpu, or cuda; then every process takes the GPU of its ``LOCAL_RANK``.
 
     Raises:
-        BadInput: there are more processes than GPUs.
+        BadInput: there are more processes than GPUs, or a variable is no such number.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = _said("WORLD_SIZE", default=1, least=1)
     if world == 1:
         return ALONE
-    place = int(os.environ.get("LOCAL_RANK", "0"))
+    place = _said("LOCAL_RANK", default=0, least=0)
     if device == "cuda":
         if place >= torch.cuda.device_count():
             allowed = f"there are {torch.cuda.device_count()} GPUs, and each process needs one"
@@ -152,6 +152,17 @@ def joined(device: str) -> Ranks:
         _dist().init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
         atexit.register(leave)
     return Ranks(rank=_dist().get_rank(), world=_dist().get_world_size(), device=device)
+
+
+def _said(variable: str, *, default: int, least: int) -> int:
+    """What a launcher says in a variable."""
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal() or int(text) < least:
+        allowed = (
+            f"a launcher sets it to an integer of at least {least}; unset WORLD_SIZE to be alone"
+        )
+        raise BadInput(variable, text, allowed)
+    return int(text)
 
 
 def leave() -> None:

@@ -20,23 +20,14 @@ from torch import Tensor
 
 from turbo_lab.errors import BadInput
 from turbo_lab.path import MAX_STEPS, grid_from_times, qwen_mu
-from turbo_lab.testbeds.qwen_image import Schedule, tokens_of
+from turbo_lab.testbeds.qwen_image import tokens_of
+from turbo_lab.testbeds.qwen_schedule import BASE, Schedule, fixed, schedule_from
 
 if TYPE_CHECKING:
     import pandas as pd
 
-BASE = Schedule(
-    base_tokens=256, max_tokens=8192, base_shift=0.5, max_shift=0.9, terminal=0.02
-)  # fmt: skip
-"""Qwen-Image's and Qwen-Image-2512's own settings, for many steps."""
 CONFIG_KEY, SIGMAS_KEY, STEPS_KEY = "scheduler", "sigmas", "steps"
 """Keys in the metadata of a file of weights: a scheduler's settings, or its times, as JSON."""
-
-
-def fixed(shift: float, terminal: float | None = None) -> Schedule:
-    """Return settings whose shift is the same for every size: ``μ = ln shift``."""
-    mu = math.log(shift)
-    return replace(BASE, base_shift=mu, max_shift=mu, terminal=terminal)
 
 
 # --- the table ----------------------------------------------------------------------------------
@@ -193,52 +184,6 @@ def stock_sigmas(schedule: Schedule, steps: int, *, size: int = 1024) -> Tensor:
     return sigmas
 
 
-def schedule_from(config: Mapping[str, Any]) -> Schedule:
-    """Read the settings of a ``FlowMatchEulerDiscreteScheduler``, a fixed or a dynamic shift.
-
-    Raises:
-        BadInput: a setting has another type, or belongs to another kind of schedule.
-    """
-    for option in _OTHER_KINDS:
-        if config.get(option):
-            raise BadInput(option, config[option], "only Euler steps on shifted times are known")
-    if config.get("time_shift_type", "exponential") != "exponential":
-        raise BadInput("time_shift_type", config["time_shift_type"], "it must be exponential")
-    terminal = _number(config, "shift_terminal", None)
-    if terminal is not None and not 0 <= terminal < 1:
-        raise BadInput("shift_terminal", terminal, "use a number from 0 to 1, or null")
-    if not config.get("use_dynamic_shifting", False):
-        shift = _number(config, "shift", 1.0)
-        if shift is None or not 0 < shift < math.inf:
-            raise BadInput("shift", shift, "use a finite number above 0")
-        return fixed(shift, terminal or None)
-    numbers = {
-        "base_tokens": _number(config, "base_image_seq_len", 256),
-        "max_tokens": _number(config, "max_image_seq_len", 4096),
-        "base_shift": _number(config, "base_shift", 0.5),
-        "max_shift": _number(config, "max_shift", 1.15),
-    }
-    for name, value in numbers.items():
-        if value is None or not abs(value) < 1e6:
-            raise BadInput(name, value, "use a finite number")
-    if numbers["base_tokens"] == numbers["max_tokens"]:
-        raise BadInput("max_image_seq_len", numbers["max_tokens"], "it must not be the base's")
-    return Schedule(**numbers, terminal=terminal or None)  # type: ignore[arg-type]
-
-
-_OTHER_KINDS = (
-    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
-    *("invert_sigmas", "stochastic_sampling"),
-)
-
-
-def _number(config: Mapping[str, Any], key: str, default: float | None) -> float | None:
-    value = config.get(key, default)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise BadInput(key, value, "use a number")
-    return value
-
-
 # --- what a file says ---------------------------------------------------------------------------
 
 
@@ -294,10 +239,11 @@ def _parsed(metadata: Mapping[str, str], key: str) -> Any:
 
 def _times(sigmas: Any) -> tuple[float, ...]:
     plain = isinstance(sigmas, list) and 1 <= len(sigmas) <= MAX_STEPS + 1
-    if not plain or not all(type(t) in (int, float) for t in sigmas):
-        raise BadInput(SIGMAS_KEY, str(sigmas)[:80], "write falling times as a list of numbers")
-    grid_from_times(sigmas)
-    return tuple(float(t) for t in sigmas if t > 0)
+    if not plain or not all(type(t) in (int, float) and 0 <= t <= 1 for t in sigmas):
+        allowed = "write falling times from 1 to 0 as a list of numbers"
+        raise BadInput(SIGMAS_KEY, str(sigmas)[:80], allowed)
+    grid = grid_from_times(sigmas)  # where the least times are 0 in float32
+    return tuple(float(t) for t, kept in zip(sigmas, grid, strict=False) if kept > 0)
 
 
 # --- for a reader -------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from safetensors.torch import load, save
+
 from turbo_lab.errors import BadInput
 from turbo_lab.lora_import import incoming
 from turbo_lab.qwen_workshop import Workshop, workshop
@@ -29,7 +31,7 @@ from turbo_lab.studies.factory_claims import (
     network_parameters,
     schedule_error,
 )
-from turbo_lab.studies.hostile_loras import GOOD, HOSTILE, Maker, write
+from turbo_lab.studies.hostile_loras import GOOD, HOSTILE, UNTIMED, Maker, write
 
 Row = tuple[str, float, Literal["at least", "at most"], float]
 
@@ -53,16 +55,22 @@ def factory_bars() -> Iterator[Row]:
 # --- files of strangers -------------------------------------------------------------------------
 
 
-def misjudged(shop: Workshop, files: Mapping[str, tuple[Maker, str]] = HOSTILE) -> list[str]:
+def misjudged(
+    shop: Workshop,
+    files: Mapping[str, tuple[Maker, str]] = HOSTILE,
+    words: Mapping[str, Mapping[str, str]] = UNTIMED,
+) -> list[str]:
     """Return the names of files that were not judged as they should be; none is right.
 
     Every hostile file must be refused by ``import lora`` in one sentence that gives the reason,
     and by an order of Qwen-Image, for whose layers none of them was made, in one sentence. A good
-    file must pass the import, and the workshop's own adapter the order.
+    file must pass the import, and the workshop's own adapter the order. Where their words for
+    times cannot be followed, both are read as if they said nothing of times.
 
     Args:
         shop: the tiny pipeline and its adapter.
         files: name to what makes the bytes, and a part of the sentence.
+        words: name to metadata that cannot be followed.
     """
     with tempfile.TemporaryDirectory(prefix="turbo-lab-hostile-") as folder:
         good = write(Path(folder), "good", GOOD)
@@ -74,7 +82,23 @@ def misjudged(shop: Workshop, files: Mapping[str, tuple[Maker, str]] = HOSTILE) 
                 wrong.append(f"{name}, imported")
             if not drawn or "\n" in drawn:
                 wrong.append(f"{name}, drawn with")
+        ours = load(shop.lora.read_bytes())
+        quiet = _times_of(shop, good, write(Path(folder), "adapter", save(ours)))
+        for name, said in words.items():
+            good.write_bytes(save(load(GOOD), dict(said)))
+            adapter = write(Path(folder), "adapter", save(ours, dict(said)))
+            if _times_of(shop, good, adapter) != quiet:
+                wrong.append(f"{name}, followed")
     return wrong
+
+
+def _times_of(shop: Workshop, good: Path, adapter: Path) -> object:
+    """At which times a good file is sampled, imported or worn; a sentence where it is refused."""
+    try:
+        worn = replace(shop, lora=adapter).order(["a cat"], adapter=True).times
+        return incoming(good, testbed="postcards").times, worn.grid.tolist(), worn.known
+    except BadInput as error:
+        return str(error)
 
 
 def _goods(shop: Workshop, good: Path) -> dict[str, str]:

@@ -110,6 +110,12 @@ def many() -> bytes:
     return packed(rows)
 
 
+def _dynamic(**settings: float) -> dict[str, str]:
+    """Two steps by a scheduler with a dynamic shift."""
+    said = json.dumps({"use_dynamic_shifting": True, **settings})
+    return {"scheduler": said, "steps": "2"}
+
+
 GOOD = save(pair())
 Maker = Callable[[], bytes]
 HOSTILE: Mapping[str, tuple[Maker, str]] = {
@@ -227,6 +233,23 @@ HOSTILE: Mapping[str, tuple[Maker, str]] = {
     "settings-nan": (lambda: with_settings('{"transformer.lora_alpha": NaN}'), "lora_alpha in"),
 }
 """Name to (what makes the bytes, a part of the sentence)."""
+
+_HUGE = "1" + "0" * 400
+UNTIMED: Mapping[str, Mapping[str, str]] = {
+    "sigmas-huge": {"sigmas": f"[{_HUGE}]"},
+    "sigmas-of-another-scale": {"sigmas": "[14.6, 3.0]"},
+    "sigmas-0-in-float32": {"sigmas": "[1e-50, 1e-60]"},
+    "shift-huge": {"scheduler": f'{{"shift": {_HUGE}}}', "steps": "2"},
+    "shift-tiny": {"scheduler": '{"shift": 1e-300}', "steps": "2"},
+    "mu-overflows": _dynamic(base_shift=5000, max_shift=5000),
+    "mu-of-30": _dynamic(base_shift=30, max_shift=30),
+    "times-equal-in-float32": _dynamic(base_shift=19, max_shift=19),
+    "mu-steep": _dynamic(base_image_seq_len=0, max_image_seq_len=1, base_shift=0, max_shift=9),
+    "terminal-0-in-float32": _dynamic(base_shift=1, max_shift=1, shift_terminal=1e-300),
+    "steps-of-a-training": {"scheduler": "{}", "steps": "20000"},
+}
+"""Name to metadata whose words for times no sampler can follow. They may be another tool's, so a
+file of good weights with them is read as one that says nothing of times."""
 
 
 def write(folder: Path, name: str, data: bytes) -> Path:

@@ -23,7 +23,7 @@ from turbo_lab.postcards import SIZE
 from turbo_lab.postcards.captions import null_tokens
 from turbo_lab.streams import Draw
 from turbo_lab.testbeds.postcards import encode
-from turbo_lab.testbeds.qwen_pictures import file_hash, find_images
+from turbo_lab.testbeds.qwen_pictures import DAMAGED, file_hash, find_images, named
 
 Place = Literal["random", "centre"]
 
@@ -133,9 +133,6 @@ def read_photo(file: Path) -> Tensor:
     import numpy as np
     from PIL import Image, ImageOps
 
-    try:
-        with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, SyntaxError, ValueError):  # what Pillow says of a damaged body
-        raise BadInput("folder", str(file), "it is damaged: it cannot be read to its end") from None
+    with named("folder", file, DAMAGED), Image.open(file) as opened:
+        image = ImageOps.exif_transpose(opened).convert("RGB")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)

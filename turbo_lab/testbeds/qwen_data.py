@@ -28,7 +28,7 @@ from turbo_lab.progress import progress
 from turbo_lab.sample import draw_samples
 from turbo_lab.store import Artefact, Store
 from turbo_lab.streams import Draw, generator, noise
-from turbo_lab.testbeds.qwen_files import Bundle, load_text, load_tokenizer
+from turbo_lab.testbeds.qwen_files import Bundle, load_text, load_tokenizer, stock_template
 
 NULL = -1
 """Number of the negative prompt."""
@@ -198,7 +198,7 @@ def warn_of_cuts(bundle: Bundle, prompts: Sequence[str]) -> None:
     could = [one for one in prompts if _bytes(unicodedata.normalize("NFC", one)) > _SURE]
     if not could:
         return
-    stock, tokenizer = _template(), load_tokenizer(bundle)
+    stock, tokenizer = stock_template(), load_tokenizer(bundle)
     texts = [stock.prompt_template_encode.format(one) for one in could]
     ids = tokenizer(texts, verbose=False)["input_ids"]
     lengths = [len(row) - stock.prompt_template_encode_start_idx for row in ids]
@@ -218,16 +218,8 @@ def _bytes(text: str) -> int:
     return len(text.encode("utf-8", "surrogatepass"))
 
 
-def _template() -> Any:
-    """A stock pipeline of nothing: it knows the text around a prompt."""
-    from diffusers import QwenImagePipeline
-
-    parts = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "transformer"))
-    return QwenImagePipeline(**parts)
-
-
 def _encoder_identity(bundle: Bundle) -> dict[str, Any]:
-    stock = _template()
+    stock = stock_template()
     return {
         "encoder": bundle.identity("text_encoder"),
         "tokenizer": bundle.identity("tokenizer"),

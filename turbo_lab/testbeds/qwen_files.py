@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch import nn
 from turbo_lab.errors import BadInput, MissingPiece
 from turbo_lab.memory import free_memory, gigabytes
 from turbo_lab.progress import library_bars
+from turbo_lab.testbeds.qwen_schedule import schedule_from
 from turbo_lab.testbeds.qwen_weights import misfit
 
 DEFAULT_MODEL = "Qwen/Qwen-Image-2512"
@@ -34,7 +34,6 @@ CLASSES: Mapping[str, str] = {
     "scheduler": "FlowMatchEulerDiscreteScheduler",
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_NUMBERS = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift", "shift_terminal")
 _SAMPLES, _SAMPLE_BYTES = 16, 65_536
 
 
@@ -156,11 +155,11 @@ def _check_parts(bundle: Bundle) -> None:
     for what, (found, needed) in facts.items():
         if found != needed:
             raise BadInput("model", bundle.model, f"{what} is {found}; it must be {needed}")
-    for key in _NUMBERS:
-        value = scheduler.get(key) or 0
-        if type(value) not in (int, float) or not math.isfinite(value):
-            why = f"{key} of the scheduler is {value!r}; it must be a number"
-            raise BadInput("model", bundle.model, why)
+    try:
+        schedule_from(scheduler)
+    except BadInput as error:
+        why = f"{error.parameter} of the scheduler is {error.value!r}; {error.allowed}"
+        raise BadInput("model", bundle.model, why) from None
 
 
 def _fetched(model: str, patterns: list[str], revision: str | None = None) -> Path:
@@ -337,7 +336,7 @@ def load_tokenizer(bundle: Bundle) -> Any:
     """Load the tokenizer.
 
     Raises:
-        MissingPiece: it is missing or damaged.
+        MissingPiece: it is missing or damaged, or has no vocabulary.
     """
     from transformers import Qwen2Tokenizer
 
@@ -345,7 +344,25 @@ def load_tokenizer(bundle: Bundle) -> Any:
     if not folder.is_dir():
         raise MissingPiece(f"The tokenizer of {bundle.model} is missing.")
     with _loading(bundle, "tokenizer"):
-        return Qwen2Tokenizer.from_pretrained(folder)
+        tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+    stock = stock_template()
+    # Without its files transformers 5 makes one of a single token and says nothing; the pipeline
+    # then drops as many tokens as the template begins with, and of a prompt nothing is left.
+    ids = tokenizer(stock.prompt_template_encode.format(""))["input_ids"]
+    if len(ids) <= stock.prompt_template_encode_start_idx:
+        raise MissingPiece(
+            f"The tokenizer of {bundle.model} is not complete: it has no vocabulary to read a "
+            "prompt with."
+        )
+    return tokenizer
+
+
+def stock_template() -> Any:
+    """A stock pipeline of nothing: it knows the text around a prompt."""
+    from diffusers import QwenImagePipeline
+
+    parts = dict.fromkeys(("scheduler", "vae", "text_encoder", "tokenizer", "transformer"))
+    return QwenImagePipeline(**parts)
 
 
 def _check_room(bundle: Bundle, device: str) -> None:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from turbo_lab.adapters import AdapterSize, Host, Worn
 from turbo_lab.field import Field, frozen, guided
-from turbo_lab.path import qwen_mu, shift_from_mu, time_grid
 from turbo_lab.testbeds.postcards import pack
 from turbo_lab.testbeds.qwen_data import NULL, Prompts
 from turbo_lab.testbeds.qwen_files import CHANNELS, SCALE, Bundle, load_transformer
+from turbo_lab.testbeds.qwen_schedule import Schedule
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
@@ -52,41 +52,6 @@ class QwenNet(nn.Module):
             return_dict=False,
         )[0]
         return unpack(tokens, height, width).float()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """Times of the model's own sampler, from the settings of its scheduler.
-
-    The number of image tokens chooses the shift, and the last time is stretched to ``terminal``.
-    """
-
-    base_tokens: int
-    max_tokens: int
-    base_shift: float
-    max_shift: float
-    terminal: float | None
-
-    @staticmethod
-    def of(bundle: Bundle) -> Schedule:
-        """Read the scheduler's settings, with diffusers' defaults where one is missing."""
-        config = bundle.config("scheduler")
-        return Schedule(
-            base_tokens=config.get("base_image_seq_len", 256),
-            max_tokens=config.get("max_image_seq_len", 4096),
-            base_shift=config.get("base_shift", 0.5),
-            max_shift=config.get("max_shift", 1.15),
-            terminal=config.get("shift_terminal") or None,
-        )
-
-    def shift(self, tokens: int) -> float:
-        """Shift s of `turbo_lab.path.shift_time` for so many image tokens."""
-        ends = (self.base_tokens, self.max_tokens, self.base_shift, self.max_shift)
-        return shift_from_mu(qwen_mu(tokens, *ends))
-
-    def grid(self, steps: int, tokens: int) -> Tensor:
-        """Times of the many-step sampler ``[steps + 1]``, falling from 1 to 0."""
-        return time_grid(steps, shift=self.shift(tokens), terminal=self.terminal)
 
 
 @dataclass(frozen=True, kw_only=True)

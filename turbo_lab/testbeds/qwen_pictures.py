@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from turbo_lab.testbeds.qwen_buckets import Shape, nearest
 from turbo_lab.testbeds.qwen_data import PER_SHARD, Make, Rows, cached_rows, chunks, release
 from turbo_lab.testbeds.qwen_files import Bundle, load_vae
 from turbo_lab.testbeds.qwen_sources import IMAGES, Picture, opened
+
+DAMAGED = "it is damaged: it cannot be read to its end"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +120,29 @@ def _looked(picture: Picture, look: Callable[[Any], tuple[int, int]]) -> tuple[i
     """
     from PIL import Image
 
+    with (
+        named("images", picture, "it is no image that can be read"),
+        opened(picture) as raw,
+        Image.open(raw) as image,
+    ):
+        return look(image)
+
+
+@contextmanager
+def named(parameter: str, picture: Picture, why: str) -> Iterator[None]:
+    """Say in one sentence which picture cannot be read.
+
+    Raises:
+        BadInput: Pillow finds it damaged, or too large to be opened.
+    """
+    from PIL.Image import DecompressionBombError
+
     try:
-        with opened(picture) as raw, Image.open(raw) as image:
-            return look(image)
+        yield
+    except DecompressionBombError:
+        raise BadInput(parameter, str(picture), "it has more pixels than can be opened") from None
     except (OSError, SyntaxError, ValueError):  # what Pillow says of a damaged one
-        raise BadInput("images", str(picture), "it is no image that can be read") from None
+        raise BadInput(parameter, str(picture), why) from None
 
 
 def _sides(image: Any) -> tuple[int, int]:
@@ -178,11 +199,15 @@ def _encoder_of(bundle: Bundle, device: str, files: Sequence[Picture], shape: Sh
 
 
 def fitted(file: Picture, shape: Shape) -> Tensor:
-    """Read an image: the middle of it of this ratio, resized, ``[3, height, width]`` in [-1, 1]."""
+    """Read an image: the middle of it of this ratio, resized, ``[3, height, width]`` in [-1, 1].
+
+    Raises:
+        BadInput: it cannot be read to its end.
+    """
     import numpy as np
     from PIL import Image, ImageOps
 
-    with opened(file) as raw, Image.open(raw) as stored:
+    with named("images", file, DAMAGED), opened(file) as raw, Image.open(raw) as stored:
         image = ImageOps.exif_transpose(stored).convert("RGB")
     sides = (shape.width, shape.height)
     cut = ImageOps.fit(image, sides, method=Image.Resampling.LANCZOS)
