@@ -116,9 +116,7 @@ def test_qwen_image_is_planned_without_a_gpu_and_trained(
     assert gone.stderr.count("\n") == 1
 
 
-def test_the_printed_command_is_planned(
-    empty: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_printed_command_is_planned(empty: Path, tiny_model: Path) -> None:
     """What the notebooks print, on prompts and pictures as it asks for, with other numbers."""
     from turbo_lab.studies.factory_recipes import commands
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from turbo_lab.errors import BadInput
-from turbo_lab.factory_data import pairs_of
+from turbo_lab.factory_plan import pairs_of
 from turbo_lab.qwen_counts import Model, Work, decode_counts, pass_flops
 from turbo_lab.qwen_plan import Device
 from turbo_lab.recipes.models import Pairs
@@ -75,6 +75,9 @@ def costs(recipe: QwenRecipe, model: Model | None = None) -> tuple[Cost, ...]:
     Args:
         recipe: what is trained; batches of other shapes cost about what squares do.
         model: sizes of the networks; None for Qwen-Image's.
+
+    Raises:
+        BadInput: a method or a critic that is not counted, see `passes_of`.
     """
     model = model or Model()
     each = pass_flops(model.transformer, Work(height=recipe.size, width=recipe.size))

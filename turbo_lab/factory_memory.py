@@ -19,7 +19,7 @@ from turbo_lab.qwen_counts import Model, TransformerSize, VaeSize
 from turbo_lab.qwen_gan import critic_bytes
 from turbo_lab.qwen_plan import ENCODER, VAE, device_named
 from turbo_lab.recipes.qwen_models import QwenRecipe
-from turbo_lab.testbeds.qwen_files import DEFAULT_MODEL, check_weights, dtype_on
+from turbo_lab.testbeds.qwen_files import DEFAULT_MODEL, check_weights, dtype_on, located
 from turbo_lab.testbeds.qwen_sizes import Counts, adapter_parameters, counted_parameters
 
 RANKS = (64, 32, 16, 8, 4)
@@ -180,14 +180,15 @@ def plan_of(one: Asked) -> Asked:
     """What a plan is made from: with the model where it is at hand, else from published sizes.
 
     Raises:
-        MissingPiece: the model is nowhere, and its sizes are not known.
+        MissingPiece: the model is nowhere and its sizes are not known, or it is not complete.
     """
     try:
-        return found(one)
+        located(one.model)
     except MissingPiece:
         if one.model not in PUBLISHED_SIZES:
             raise
         return one
+    return found(one)
 
 
 def described(job: Asked) -> str:

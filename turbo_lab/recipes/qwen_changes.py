@@ -119,4 +119,4 @@ def _check_method(stage: QwenStage, change: str) -> None:
     try:
         method(**dict.fromkeys(given - stage.options.keys()), **stage.options)
     except BadInput as error:
-        raise BadInput(SET, change, str(error)) from None
+        raise BadInput(SET, change, f"{error.parameter}: {error.allowed}") from None

@@ -73,7 +73,8 @@ class Claimed:
 
     def read(self, figures: Path) -> Found | None:
         """The claim, which speaks for itself if it holds."""
-        mine = (c for c in claims_of(figures) if (c["notebook"], c["id"]) == _key(self))
+        asked = self.notebook, self.id
+        mine = (c for c in claims_of(figures) if (c["notebook"], c["id"]) == asked)
         claim = next(mine, None)
         if claim is None:
             return None
@@ -84,10 +85,6 @@ class Claimed:
             verdict=claim["verdict"],
             speaks={"holds": 1, "not reproduced": -1}.get(claim["verdict"], 0),
         )
-
-
-def _key(claim: Claimed) -> tuple[str, str]:
-    return claim.notebook, claim.id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +144,7 @@ class Pair:
 
 
 def _row(file: Path, wanted: Mapping[str, Any]) -> Interval | None:
-    """The interval of the one row of a figure's table with these values."""
+    """The interval of the first row of a figure's table with these values."""
     try:
         table = json.loads(file.read_text("utf-8"))["data"]["table"]
         hits = [row for row in table if all(row[key] == value for key, value in wanted.items())]
@@ -319,7 +316,7 @@ LESSONS = (
         source=Claimed(notebook=_06, id="L-weight"),
         does=lambda r: f"balance {_gan(r).balance:g} (the miniature's: {MAIN.balance:g})",
         same=lambda r: _gan(r).balance == MAIN.balance,
-        option=lambda r: "--set 3.gan.balance=0.5",
+        option=lambda r: "--set 3.gan.balance=0.125",
     ),
     Lesson(
         about="features that know the pictures",

@@ -98,7 +98,7 @@ def schedule_from(config: Mapping[str, Any]) -> Schedule:
     null = config.get("shift_terminal") is None
     terminal = 0.0 if null else _number(config, "shift_terminal", 0.0)
     if not 0 <= terminal < 1:
-        raise BadInput("shift_terminal", terminal, "use a number from 0 to 1, or null")
+        raise BadInput("shift_terminal", terminal, "use a number from 0 to below 1, or null")
     if not config.get("use_dynamic_shifting", False):
         shift = _number(config, "shift", 1.0)
         if shift < 1 / LARGEST:
@@ -133,5 +133,5 @@ def _number(config: Mapping[str, Any], key: str, default: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadInput(key, str(value)[:80], "use a number")
     if not abs(value) <= LARGEST:  # NaN is not either
-        raise BadInput(key, str(value)[:80], f"use a number of at most {LARGEST:g}")
+        raise BadInput(key, str(value)[:80], f"use a number from {-LARGEST:g} to {LARGEST:g}")
     return value
