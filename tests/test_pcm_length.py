@@ -49,6 +49,20 @@ def test_a_critic_is_paid_from_the_same_calls() -> None:
     assert set(judged.stages[0].rates) == {"student", "critic"}
 
 
+def test_a_critic_may_come_later_and_judge_the_first_phase_alone() -> None:
+    plain = pcm_length.longer(50_000, rank=8)
+    both = pcm_length.longer(50_000, rank=8, adversarial=0.1, judged=20_000)
+    check_stages(both)
+    first, second = both.stages
+    assert first == plain.stages[0]
+    assert second.options["adversarial_above"] == both.times[1] == SECOND
+    assert second.steps == int(20_000 / (15 * second.batch_size))
+    rate = first.rates["student"].lr
+    assert (second.rates["student"].lr, second.rates["critic"].lr) == (rate / 2, rate)
+    with pytest.raises(BadInput, match="judged=20000"):
+        pcm_length.longer(50_000, rank=8, judged=20_000)
+
+
 @pytest.mark.parametrize("calls", [0, -5.0, float("inf")])
 def test_calls_that_are_none_are_refused(calls: float) -> None:
     with pytest.raises(BadInput, match="calls="):

@@ -222,6 +222,25 @@ def test_the_adversarial_term_comes_beside_an_unchanged_distance(adversary: str)
     assert float(slope) < 0
 
 
+def test_a_critic_may_judge_the_phases_above_a_time_alone() -> None:
+    student, batch = GaussianMap(1.2, 0.5), gaussian_batches(DRAW)
+    edges = {"edges": (0.4, 0.7), "adversarial_weight": 1.0}
+    whole, above = (
+        build(student, Tilt(), adversarial_above=t, **edges)  # type: ignore[arg-type]
+        for t in (0.0, 0.7)
+    )
+    _, _, s = whole.predictions(batch, DRAW)
+    first = (s == 0.7).float()
+    assert 0 < float(first.mean()) < 1
+    for ours, all_ in (
+        (above.loss(batch, DRAW), whole.loss(batch, DRAW)),
+        (above.critic_loss(batch, DRAW), whole.critic_loss(batch, DRAW)),
+    ):
+        for name, term in all_.items():
+            kept = 1 if name == "consistency" else first
+            assert torch.equal(ours[name], kept * term)
+
+
 def test_each_turn_has_gradients_in_its_own_player_alone() -> None:
     student, critic = GaussianMap(1.2, 0.5), Tilt()
     method = build(student, critic, adversarial_weight=0.3)
@@ -296,6 +315,8 @@ def test_a_critic_learns_where_a_student_is_wrong() -> None:
         ({"adversarial_weight": 0.1}, "critic"),
         ({"adversarial_weight": -1.0}, "adversarial_weight=-1"),
         ({"adversary": "wasserstein"}, "wasserstein"),
+        ({"adversarial_above": 0.6}, "adversarial_above=0.6.*highest edge, 0.5"),
+        ({"adversarial_above": float("nan")}, "adversarial_above=nan"),
     ],
 )
 def test_bad_adversaries_are_named(changed: dict[str, object], said: str) -> None:

@@ -58,6 +58,8 @@ class Consistency:
             a `turbo_lab.critic.TrainableCritic`.
         adversarial_weight: weight of the student's adversarial term; 0 for none.
         adversary: ``hinge`` or ``logistic``, see `turbo_lab.critic.ADVERSARIES`.
+        adversarial_above: the critic judges phases whose lower edge is at least this time, 0 to
+            below 1; 0 for all of them.
     """
 
     student: TrainableField
@@ -72,6 +74,7 @@ class Consistency:
     critic: Critic | None = None
     adversarial_weight: float = 0.0
     adversary: str = "hinge"
+    adversarial_above: float = 0.0
 
     def __post_init__(self) -> None:
         chosen("solver", self.solver, SOLVERS)
@@ -99,6 +102,10 @@ class Consistency:
             raise BadInput("adversarial_weight", self.adversarial_weight, allowed)
         if self.adversarial_weight and self.critic is None:
             raise BadInput("adversarial_weight", self.adversarial_weight, "it needs a critic")
+        highest = max(self.edges, default=0.0)
+        if not 0 <= self.adversarial_above <= highest:
+            allowed = f"use a time from 0 to the highest edge, {highest:g}"
+            raise BadInput("adversarial_above", self.adversarial_above, allowed)
 
     @property
     def players(self) -> Mapping[str, Player]:
@@ -189,17 +196,22 @@ class Consistency:
         terms = {"consistency": DISTANCES[self.distance](ours, goal)}
         if self.adversarial_weight:
             fooled = ADVERSARIES[self.adversary].student(self._logits(ours, s, batch.c, draw))
-            terms["adversarial"] = self.adversarial_weight * fooled
+            terms["adversarial"] = self.adversarial_weight * self._seen(s) * fooled
         return ours, terms
 
     def critic_loss(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """Terms of the critic per sample ``[B]``: x_r's prediction is the teacher's side."""
         with torch.no_grad():
             ours, goal, s = self.predictions(batch, draw)
-        return ADVERSARIES[self.adversary].critic(
+        terms = ADVERSARIES[self.adversary].critic(
             self._logits(goal, s, batch.c, draw.sub("teacher")),
             self._logits(ours, s, batch.c, draw.sub("student")),
         )
+        return {name: self._seen(s) * term for name, term in terms.items()}
+
+    def _seen(self, s: Tensor) -> Tensor:
+        """1 where the critic judges the phase with lower edge s ``[B]``, else 0."""
+        return (s >= self.adversarial_above).to(s)
 
     def _logits(self, f: Tensor, s: Tensor, c: Condition, draw: Draw) -> Tensor:
         assert self.critic is not None

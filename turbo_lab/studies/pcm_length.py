@@ -20,7 +20,7 @@ from turbo_lab.errors import BadInput
 from turbo_lab.field import Field, frozen, guided
 from turbo_lab.lab import Lab, open_lab
 from turbo_lab.methods import Consistency
-from turbo_lab.recipes import EARLY, GUIDANCE, Profile, Recipe, resolve
+from turbo_lab.recipes import EARLY, GUIDANCE, Profile, Recipe, Stage, resolve
 from turbo_lab.recipes.distribution import SECOND
 from turbo_lab.recipes.models import Rates
 from turbo_lab.recipes.trajectory import student
@@ -45,6 +45,7 @@ def longer(
     solver: str = "euler",
     grid_steps: int = GRID_STEPS,
     adversarial: float = 0.0,
+    judged: float = 0.0,
     teacher: str = EARLY,
     profile: Profile = "quick",
     seed: int = 0,
@@ -60,29 +61,43 @@ def longer(
         grid_steps: of the teacher's grid.
         adversarial: weight of the term by which a critic on the teacher's blocks is to be fooled;
             0 for none.
+        judged: network calls of a second stage, at half the student's rate, to which the critic
+            is kept, and there to the first phase; 0 for one stage, where it judges both.
         teacher: name of the recipe whose network it follows and wears its adapter on.
         profile: whose batch it has.
         seed: of the training.
 
     Raises:
-        BadInput: calls that are none, a rate or a rank out of range, or no such teacher.
+        BadInput: calls that are none, a rate or a rank out of range, a second stage without a
+            critic, or no such teacher.
     """
     if not 0 < calls < math.inf:
         raise BadInput("calls", calls, "use a finite number above 0")
-    stage = warm_stage(profile, Start(title="PCM", share=1.0))
-    per_sample = PER_SAMPLE["consistency"] + (CRITIC_CALLS if adversarial else 0)
-    per_sample += 2 if solver == "heun" else 0  # the guided teacher once more
-    steps = max(2, int(calls / (per_sample * stage.batch_size)))
-    options = {**stage.options, "solver": solver, "grid_steps": grid_steps}
-    changed: dict[str, object] = {"precision": "bf16", "options": options}
-    if adversarial:
-        options["adversarial_weight"] = adversarial
-        changed["taps"] = "teacher"
-    one = Rates(lr=rate, warmup=min(warmup, steps), final=0.02)
-    rates = {"student": one, **({"critic": one} if adversarial else {})}
-    stage = stage.model_copy(update={**changed, "steps": steps, "rates": rates})
+    if not 0 <= judged < math.inf or (judged and not adversarial):
+        raise BadInput("judged", judged, "use a finite number, above 0 only with adversarial")
+
+    def stage(calls: float, slower: float, weight: float, above: float = 0.0) -> Stage:
+        plain = warm_stage(profile, Start(title="PCM", share=1.0))
+        per_sample = PER_SAMPLE["consistency"] + (CRITIC_CALLS if weight else 0)
+        per_sample += 2 if solver == "heun" else 0  # the guided teacher once more
+        steps = max(2, int(calls / (per_sample * plain.batch_size)))
+        options = {**plain.options, "solver": solver, "grid_steps": grid_steps}
+        changed: dict[str, object] = {"precision": "bf16", "options": options}
+        if weight:
+            options["adversarial_weight"] = weight
+            changed["taps"] = "teacher"
+        if above:
+            options["adversarial_above"] = above
+        one = Rates(lr=rate, warmup=min(warmup, steps), final=0.02)
+        rates = {"student": one.model_copy(update={"lr": slower * rate})}
+        rates |= {"critic": one} if weight else {}
+        return plain.model_copy(update={**changed, "steps": steps, "rates": rates})
+
+    stages = [stage(calls, 1.0, 0.0 if judged else adversarial)]
+    if judged:
+        stages.append(stage(judged, 0.5, adversarial, above=SECOND))
     size = AdapterSize(rank=rank, alpha=rank)
-    recipe, base = student("pcm-longer", seed, (stage,), adapter=size), resolve(teacher)
+    recipe, base = student("pcm-longer", seed, tuple(stages), adapter=size), resolve(teacher)
     return recipe.model_copy(update={"teacher": base, "net": base.net})
 
 
@@ -137,6 +152,9 @@ if __name__ == "__main__":
     asked.add_argument("--solver", default="euler", help="of the teacher, euler or heun")
     asked.add_argument("--grid-steps", type=int, default=GRID_STEPS, help="of the teacher's grid")
     asked.add_argument("--adversarial", type=float, default=0.0, help="weight of a critic's term")
+    asked.add_argument(
+        "--judged", type=float, default=0.0, help="calls more with it, in the first phase alone"
+    )
     asked.add_argument("--teacher", default=EARLY, help="whom it follows")
     asked.add_argument("--seed", type=int, default=0, help="of the training")
     asked.add_argument("--captions", type=int, default=512, help="of select that are sampled")
