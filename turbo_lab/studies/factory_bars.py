@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors.torch import load, save
 
 from turbo_lab.errors import BadInput
 from turbo_lab.lora_import import incoming
+from turbo_lab.path import TerminalWarning
 from turbo_lab.qwen_workshop import Workshop, workshop
 from turbo_lab.studies.factory_claims import (
     NOTEBOOK,
@@ -94,11 +96,13 @@ def misjudged(
 
 def _times_of(shop: Workshop, good: Path, adapter: Path) -> object:
     """At which times a good file is sampled, imported or worn; a sentence where it is refused."""
-    try:
-        worn = replace(shop, lora=adapter).order(["a cat"], adapter=True).times
-        return incoming(good, testbed="postcards").times, worn.grid.tolist(), worn.known
-    except BadInput as error:
-        return str(error)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TerminalWarning)  # one of them has the words for it
+        try:
+            worn = replace(shop, lora=adapter).order(["a cat"], adapter=True).times
+            return incoming(good, testbed="postcards").times, worn.grid.tolist(), worn.known
+        except BadInput as error:
+            return str(error)
 
 
 def _goods(shop: Workshop, good: Path) -> dict[str, str]:
