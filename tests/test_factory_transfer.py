@@ -57,10 +57,10 @@ def test_a_pair_speaks_where_its_intervals_are_apart(
     options: dict[str, Any] = {"notebook": "06_n", "figure": "f", "statement": ""}
     with_, without = ({"family": name} for name in ("with", "without"))
     pair = Pair(**options, chosen=with_, other=without).read(folder)
-    alone = Difference(**options, row=with_).read(folder)
+    alone = Difference(**options, wanted=with_).read(folder)
     assert pair is not None and pair.speaks == speaks
     assert alone is not None and alone.speaks == speaks
-    assert Difference(**options, row={"family": "another"}).read(folder) is None
+    assert Difference(**options, wanted={"family": "another"}).read(folder) is None
 
 
 def test_what_is_not_there_was_not_measured(tmp_path: Path) -> None:

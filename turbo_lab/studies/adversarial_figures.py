@@ -247,10 +247,7 @@ def _changed(comparison: Comparison, seed: int) -> dict[str, Tensor]:
     """
     found = [comparison.measured[f].values for f in (GAN, CONTROL)]
     with_, without = (
-        torch.from_numpy(
-            v["whole_body"][seed] * v["sign_read"][seed] * (1 - v["ghost_signs"][seed])
-        ).bool()
-        for v in found
+        torch.from_numpy(v["whole_body"][seed] * v["sign_alone"][seed]).bool() for v in found
     )
     return {
         "right without, wrong with it": (without & ~with_).nonzero()[:, 0],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -88,12 +88,11 @@ class Claimed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
-    """A number in the table beside a figure that is a difference itself, and may be told from 0."""
+class _Tabled:
+    """What is read from the table beside a figure, and compared as the statement says."""
 
     notebook: str
     figure: str
-    row: Mapping[str, Any]
     statement: str
 
     @property
@@ -101,9 +100,26 @@ class Difference:
         """Notebook and figure."""
         return f"{self.notebook[:2]} · {self.figure}.json"
 
+    def row(self, figures: Path, wanted: Mapping[str, Any]) -> Interval | None:
+        """The interval of the first row of the table with these values; None without one."""
+        file = figures / self.notebook / f"{self.figure}.json"
+        try:
+            table = json.loads(file.read_text("utf-8"))["data"]["table"]
+            hits = [row for row in table if all(row[key] == value for key, value in wanted.items())]
+            return Interval(**{part: hits[0][part] for part in ("value", "low", "high")})
+        except (OSError, ValueError, KeyError, IndexError, TypeError):
+            return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference(_Tabled):
+    """A number that is a difference itself, and may be told from 0."""
+
+    wanted: Mapping[str, Any]
+
     def read(self, figures: Path) -> Found | None:
         """The difference, which speaks for the choice if it lies above 0."""
-        interval = _row(figures / self.notebook / f"{self.figure}.json", self.row)
+        interval = self.row(figures, self.wanted)
         if interval is None:
             return None
         return Found(
@@ -115,24 +131,15 @@ class Difference:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
-    """Two numbers in the table beside a figure: with a choice, and without it."""
+class Pair(_Tabled):
+    """Two numbers: with a choice, and without it."""
 
-    notebook: str
-    figure: str
     chosen: Mapping[str, Any]
     other: Mapping[str, Any]
-    statement: str
-
-    @property
-    def where(self) -> str:
-        """Notebook and figure."""
-        return f"{self.notebook[:2]} · {self.figure}.json"
 
     def read(self, figures: Path) -> Found | None:
         """Both numbers, which speak if their intervals are apart."""
-        file = figures / self.notebook / f"{self.figure}.json"
-        a, b = _row(file, self.chosen), _row(file, self.other)
+        a, b = self.row(figures, self.chosen), self.row(figures, self.other)
         if a is None or b is None:
             return None
         return Found(
@@ -141,16 +148,6 @@ class Pair:
             verdict=NO_CLAIM,
             speaks=(a.low > b.high) - (a.high < b.low),
         )
-
-
-def _row(file: Path, wanted: Mapping[str, Any]) -> Interval | None:
-    """The interval of the first row of a figure's table with these values."""
-    try:
-        table = json.loads(file.read_text("utf-8"))["data"]["table"]
-        hits = [row for row in table if all(row[key] == value for key, value in wanted.items())]
-        return Interval(**{part: hits[0][part] for part in ("value", "low", "high")})
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
-        return None
 
 
 # --- what the factory does ----------------------------------------------------------------------
@@ -234,6 +231,20 @@ def _by(family: str, metric: str, **more: Any) -> dict[str, Any]:
     return {"family": family, "metric": metric, **more}
 
 
+_WARM = Lesson(
+    about=f"a warm start, second time {_MINIATURE.second:g}",
+    source=Claimed(notebook=_06, id="L-warm"),
+    does=lambda r: f"{r.stages[0].method}, second time {_second(r):g}",
+    same=lambda r: len(_stages(r)) > 1,
+    option=lambda r: "--recipe dmd2-2, which has no GAN term either",
+)
+_REAL = Lesson(
+    about="real data",
+    source=Claimed(notebook=_06, id="L-data"),
+    does=lambda r: f"{_gan(r).rho:.0%} of the real side",
+    same=lambda r: _gan(r).rho > 0,
+    option=lambda r: "without --images, or --set 3.gan.rho=1",
+)
 LESSONS = (
     Lesson(
         about="second time",
@@ -248,26 +259,18 @@ LESSONS = (
         same=lambda r: _second(r) == _MINIATURE.second,
         option=lambda r: "--set all.options.times=1,0.5 --set 1.options.edges=0.5",
     ),
-    Lesson(
-        about=f"a warm start, second time {_MINIATURE.second:g}",
-        source=Claimed(notebook=_06, id="L-warm"),
-        does=lambda r: f"{r.stages[0].method}, second time {_second(r):g}",
-        same=lambda r: len(_stages(r)) > 1,
-        option=lambda r: "--recipe dmd2-2, which has no GAN term either",
-    ),
-    Lesson(
+    _WARM,
+    replace(
+        _WARM,
         about=f"a warm start, second time {SECOND:g}",
         source=Claimed(notebook=_04, id="C4-bodies"),
-        does=lambda r: f"{r.stages[0].method}, second time {_second(r):g}",
-        same=lambda r: len(_stages(r)) > 1,
-        option=lambda r: "--recipe dmd2-2, which has no GAN term either",
     ),
     Lesson(
         about="half of the calls for it",
         source=Difference(
             notebook=_04,
             figure="choices",
-            row=_by("warm-share-50", "gain", training=0),
+            wanted=_by("warm-share-50", "gain", training=0),
             statement="whole bodies at 0.7155: PCM by 50% of the calls minus none, one training",
         ),
         does=lambda r: f"{warm_share(r):.0%} of the calls before the GAN term",
@@ -325,19 +328,11 @@ LESSONS = (
         same=lambda r: _gan(r).features == "dino",
         option=lambda r: "--vit random",
     ),
-    Lesson(
-        about="real data",
-        source=Claimed(notebook=_06, id="L-data"),
-        does=lambda r: f"{_gan(r).rho:.0%} of the real side",
-        same=lambda r: _gan(r).rho > 0,
-        option=lambda r: "without --images, or --set 3.gan.rho=1",
-    ),
-    Lesson(
+    _REAL,
+    replace(
+        _REAL,
         about="real data, where the teacher is wrong",
         source=Claimed(notebook=_05, id="P18"),
-        does=lambda r: f"{_gan(r).rho:.0%} of the real side",
-        same=lambda r: _gan(r).rho > 0,
-        option=lambda r: "without --images, or --set 3.gan.rho=1",
     ),
 )
 """In the order of the recipe."""

@@ -102,7 +102,7 @@ def measured(images: Sequence[Tensor], scenes: Scenes, slices: Mapping[str, Slic
     """
     seen = [measure.read(one) for one in images]
     reports = [measure.report(x, scenes.fields, r) for x, r in zip(images, seen, strict=True)]
-    names = (*RATES, *MEANS, "hue_mode")
+    names = (*RATES, *MEANS, "sign_alone", "hue_mode")
     textures = {}
     for ground, rows in _by_ground(scenes):
         patches = [
