@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,23 @@ def test_samples_are_drawn_once_and_counted(bench: Lab, monkeypatch: pytest.Monk
         bench.samples(Sampling(steps=3, n=2, seed=1))
 
 
-def test_a_student_is_worn_by_its_own_teacher_only(bench: Lab, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=f"student='dmd2' is not allowed.*{EARLY}"):
-        bench.student("dmd2", steps=2)
+def test_a_student_is_worn_on_its_own_teacher_whichever_bench_is_asked(
+    bench: Lab, tmp_path: Path
+) -> None:
+    store = Store(cache=tmp_path, shipped=Store.default().shipped)
+    bench = replace(bench, store=store)
+    student = bench.student("dmd2", steps=2)
+    assert student.bench.recipe == resolve(EARLY) and bench.beside(resolve(EARLY)) is student.bench
+    assert bench.beside(bench.recipe) is bench
+    sampling = student.sampling(n=2)
+    ours = bench.samples(sampling, "", student)
+    assert ours.key == student.bench.samples(sampling, "", student).key
+    own = lab.open_lab(device="cpu", store=store, teacher=EARLY)
+    drawn, nfe, _ = own.draw(sampling, "", own.student("dmd2", steps=2))
+    assert nfe == 2 and torch.equal(ours.images, drawn)
+
+
+def test_a_bench_is_of_a_whole_network(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=f"teacher='dmd2-2' is not allowed.*{EARLY}"):
         lab.open_lab(device="cpu", store=Store(cache=tmp_path), teacher="dmd2-2")
 

@@ -46,10 +46,10 @@ def said(images: Tensor, caption: str) -> list[str]:
 def pair_png(
     lab: Lab, caption: str, *, family: str, steps: int, noises: int, seed: int
 ) -> tuple[bytes, list[str], list[str]]:
-    """Draw a caption with a student and, from the same noises, with its teacher below.
+    """Draw a caption with a student and, from the same noises, with its own teacher below.
 
     Args:
-        lab: with the teacher.
+        lab: with a teacher, that of the student or another.
         caption: of every picture.
         family: the student.
         steps: of its sampler.
@@ -70,7 +70,7 @@ def pair_png(
     sampling = checked_sampling({**student.sampling(n=noises).model_dump(), "seed": seed})
     ours, _, _ = lab.draw_for(tokens, sampling, "", student)
     slow = {"steps": TEACHER_STEPS, "guidance_scale": TEACHER_GUIDANCE, "seed": seed}
-    theirs, _, _ = lab.draw_for(tokens, checked_sampling({**slow, "n": noises}))
+    theirs, _, _ = student.bench.draw_for(tokens, checked_sampling({**slow, "n": noises}))
     buffer = io.BytesIO()
     sheet = contact_sheet(torch.cat([ours, theirs]), columns=noises, enlarge=5)
     Image.fromarray(sheet).save(buffer, format="PNG")

@@ -42,7 +42,7 @@ from turbo_lab.recipes import (
     with_folder,
 )
 from turbo_lab.sample import draw_samples
-from turbo_lab.store import Artefact, Store
+from turbo_lab.store import Artefact, Store, key_of
 from turbo_lab.testbeds.postcards import Postcards
 from turbo_lab.training import load_net, trained
 from turbo_lab.validation import allowed
@@ -103,8 +103,10 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """A distilled student: its adapter, worn on the teacher's network, and how it is sampled."""
+    """A distilled student: its adapter, worn on its teacher's network, and how it is sampled."""
 
+    bench: Lab
+    """Of its teacher."""
     family: str
     steps: int
     eta: float
@@ -138,6 +140,16 @@ class Lab:
     store: Store
     device: str
     hosts: dict[AdapterSize, Host] = dataclass_field(default_factory=dict)
+    others: dict[str, Lab] = dataclass_field(default_factory=dict)
+
+    def beside(self, teacher: Recipe) -> Lab:
+        """Return the bench of a teacher, which is this one or has its store and device."""
+        if teacher == self.recipe:
+            return self
+        key = key_of(teacher.spec())
+        if key not in self.others:
+            self.others[key] = lab_of(teacher, store=self.store, device=self.device)
+        return self.others[key]
 
     def student(
         self,
@@ -149,14 +161,15 @@ class Lab:
     ) -> Student:
         """Return a family's student for a number of steps, trained first if it is nowhere.
 
+        It is worn on its own teacher, whichever this bench is of.
+
         Raises:
-            BadInput: unknown family, one that has no student for so many steps, or one of another
-                teacher than this lab's.
+            BadInput: unknown family, or one that has no student for so many steps.
         """
         recipe = student_recipe(family, steps=steps, profile=profile, seed=seed)
-        if recipe.teacher != self.recipe:
-            raise BadInput("student", family, f"open its teacher: open_lab(teacher={EARLY!r})")
-        return self.worn(recipe, self.trained(recipe), family=family, steps=steps)
+        assert recipe.teacher is not None
+        bench = self.beside(recipe.teacher)
+        return bench.worn(recipe, self.trained(recipe), family=family, steps=steps)
 
     def trained(self, recipe: Recipe, *, fresh: bool = False) -> Artefact:
         """Return the artefact of a recipe, trained on this bench's device if it is nowhere."""
@@ -166,6 +179,7 @@ class Lab:
         """Put the adapter of an artefact on a copy of the teacher's network, once."""
         assert recipe.adapter is not None
         return Student(
+            bench=self,
             family=family,
             steps=steps,
             eta=FAMILIES[family].eta,
@@ -200,7 +214,7 @@ class Lab:
             "kind": "samples",
             "version": 1,
             "world": self.recipe.world,
-            "teacher": self.artefact.key,
+            "teacher": (self if student is None else student.bench).artefact.key,
             "device": self.device,
             **sampling.model_dump(),
         }
@@ -287,7 +301,7 @@ def open_lab(
         device: ``cpu``, ``cuda`` or ``auto``.
         fresh: train again.
         store: where artefacts live.
-        teacher: name of its recipe; students wear their adapters on `turbo_lab.recipes.EARLY`.
+        teacher: name of its recipe; most students wear theirs on `turbo_lab.recipes.EARLY`.
 
     Raises:
         BadInput: the recipe is of a student, or there is none of this name.

@@ -33,6 +33,8 @@ AT_ONCE = 8
 """Pictures of one forward pass; progress is shown after each of these."""
 MAX_SIDE = 32
 """Rows, and columns, of a grid."""
+_BASES = ("teacher", EARLY)
+"""Recipes of the shipped teachers, on which students wear their adapters."""
 _GRID = re.compile(r"([1-9][0-9]?)x([1-9][0-9]?)")
 
 
@@ -122,7 +124,7 @@ def sample_images(order: Order, out: Path, *, device: str = "auto") -> None:
     from PIL import Image
 
     check_out(out, ".png")
-    lab = open_lab(device=device, teacher=EARLY if order.student else "teacher")
+    lab = open_lab(device=device, teacher=_teacher(order))
     who, sampling = _who(lab, order)
     tokens = caption_tokens(order.captions)
     images, _, _ = lab.draw_for(tokens, sampling, "sampling", who, first=order.first, batch=AT_ONCE)
@@ -162,6 +164,7 @@ def _who(lab: Lab, order: Order) -> tuple[Student | None, Sampling]:
         who = lab.student(order.student, steps=order.sampling.steps)
     else:
         who = Student(
+            bench=lab,
             family=given.recipe,
             steps=len(given.times),
             eta=given.eta,
@@ -173,16 +176,30 @@ def _who(lab: Lab, order: Order) -> tuple[Student | None, Sampling]:
 
 
 def _by_key(key: str, steps: int | None) -> Delivery:
-    """A student of the shipped `teacher-early` on postcards by its key."""
+    """A student of a shipped teacher on postcards by its key."""
     found = delivery(key, steps=steps)
     if found.testbed != "postcards":
         raise BadInput("student", key, f"{found.artefact.name} is not for postcards")
     if not found.times:
         raise BadInput("student", key, "its file did not say at which times it is sampled")
-    teacher = key_of(resolve(EARLY).spec())
-    if found.base.startswith("postcards/teacher") and teacher not in found.base:
-        raise BadInput("student", key, f"it belongs to another teacher than {EARLY}")
+    if found.base.startswith("postcards/teacher") and _base(found) is None:
+        raise BadInput("student", key, f"it belongs to another teacher than {' and '.join(_BASES)}")
     return found
+
+
+def _base(student: Delivery) -> str | None:
+    """Name of the shipped teacher whose key the base of a student has; None if no one's."""
+    return next((name for name in _BASES if key_of(resolve(name).spec()) in student.base), None)
+
+
+def _teacher(order: Order) -> str:
+    """Name of the shipped teacher whose network draws; of most students' for a foreign file."""
+    if not order.student:
+        return "teacher"
+    if order.delivered is not None:
+        return _base(order.delivered) or EARLY
+    own = student_recipe(order.student, steps=order.sampling.steps).teacher
+    return next(name for name in _BASES if resolve(name) == own)
 
 
 def _shape(grid: str, captions: int) -> tuple[int, int]:
