@@ -23,7 +23,7 @@ from turbo_lab import explore_turbo, readme
 from turbo_lab.errors import BadInput
 from turbo_lab.lab import Lab
 from turbo_lab.postcards import draw_scenes, render
-from turbo_lab.recipes import Recipe, Stage, student_recipe
+from turbo_lab.recipes import Recipe, Stage, resolve, student_recipe
 from turbo_lab.recipes.adversarial import AGAINST, gan
 from turbo_lab.recipes.distribution import calls_per_round
 from turbo_lab.recipes.turbo import CALLS, LADDER, LONG, MAIN, RUNGS, TURBO
@@ -91,6 +91,20 @@ def test_the_longer_student_is_turbo_by_more_calls_in_a_larger_adapter() -> None
         student_recipe(LONG, steps=4)
 
 
+def test_trainings_of_six_blocks_share_one_start_by_pcm_that_lowers_its_edge() -> None:
+    one, other = (student_recipe(turbo.SIX, steps=STEPS, seed=k) for k in (0, 1))
+    assert one.start == other.start == student_recipe("pcm-six", steps=STEPS)
+    assert one.start is not None and one.teacher == resolve("teacher") == one.start.teacher
+    assert one.net.layers < one.teacher.size.layers == 6
+    edges = [stage.options["edges"] for stage in one.start.stages]
+    assert edges == sorted(edges, reverse=True) and one.start.times == one.times == (
+        1.0,
+        *edges[-1],
+    )
+    assert [stage.gan is not None for stage in one.stages] == [False, False, True]
+    assert spent(one) > spent(student_recipe(LONG, steps=STEPS))
+
+
 def test_each_rung_below_turbo_lacks_one_thing() -> None:
     lacking = {"turbo-cold", "turbo-teacher-data", "turbo-random", "turbo-small"}
     assert set(turbo.ABLATIONS) == lacking
@@ -113,7 +127,7 @@ def test_everyone_is_drawn_for_the_same_captions(ladder: Ladder) -> None:
     assert all(len(f) == BUDGET.captions for found in ladder.found.values() for f in found)
     nfe = {rung: ladder.nfe(rung) for rung in ladder.rungs}
     assert (nfe[turbo.SLOW], nfe[turbo.TEACHER], nfe[turbo.NAIVE]) == (100, 80, 4)
-    assert {nfe[name] for name in (*LADDER, LONG)} == {2}
+    assert nfe[turbo.SIX_TEACHER] == 80 and {nfe[f] for f in (*LADDER, LONG, turbo.SIX)} == {2}
 
 
 def test_the_longer_student_is_looked_at_after_each_stage(
@@ -176,7 +190,7 @@ def test_the_teacher_with_its_chroma_moved_is_half_as_far_again(ladder: Ladder) 
     assert scaled.value("chroma_w1", at) == pytest.approx(1.5 * teacher.value("chroma_w1", at))
 
 
-def test_bars_are_of_the_longer_turbo_and_relative_to_the_teacher(
+def test_bars_are_of_the_turbo_of_six_blocks_and_relative_to_the_teacher(
     bench: Lab, ladder: Ladder
 ) -> None:
     teacher = ladder.plain[turbo.TEACHER][0]
@@ -184,7 +198,7 @@ def test_bars_are_of_the_longer_turbo_and_relative_to_the_teacher(
         name: (value, limit) for name, value, _, limit in turbo_claims.bars(bench, teacher, seeds=1)
     }
     assert len(found) == 6 and found["turbo.hue_kl"][1] == pytest.approx(0.1)
-    ours = np.mean([f.values["whole_body"].mean() for f in ladder.found[LONG]])
+    ours = np.mean([f.values["whole_body"].mean() for f in ladder.found[turbo.SIX]])
     gap = found["turbo.whole_body_minus_teacher"][0]
     assert gap.value == pytest.approx(
         ours - ladder.found[turbo.TEACHER][0].values["whole_body"].mean()
@@ -209,9 +223,9 @@ def test_a_picture_fails_in_the_way_it_was_broken() -> None:
 def test_tables_and_figures_are_drawn(ladder: Ladder, tmp_path: Path) -> None:
     rows = turbo.table(ladder)
     told = json.loads(turbo.save_headline(ladder, rows, tmp_path).read_text())
-    assert [row["nfe"] for row in told["rows"]] == [None, 80, 4, 2, 2, 2, 2, 2, 2]
+    assert [row["nfe"] for row in told["rows"]] == [None, 80, 4, 2, 2, 2, 2, 2, 2, 2, 80]
     shown = readme.rendered(readme.Headline.model_validate(told))
-    assert shown.count("\n| ") == 1 + 9 and "pictures.png" in shown
+    assert shown.count("\n| ") == 1 + 11 and "pictures.png" in shown
     assert set(turbo.failures(ladder).index) == set(turbo.FAILURES.values())
     assert list(turbo.wide(ladder, rows, "sign_read").index) == list(turbo.TITLES.values())
     frames = turbo_figures.path_frames(ladder, [1, 0], seed=0, shown=(0, 9, 39))
@@ -268,5 +282,5 @@ def test_claims_of_all_notebooks_are_counted_by_part(tmp_path: Path, ladder: Lad
     found = gathered.claims_of(tmp_path)
     counted = gathered.table(found)
     verdicts = list(gathered.VERDICTS)
-    assert counted.loc["C7", verdicts].sum() == sum(c["id"].startswith("C7") for c in found) == 12
+    assert counted.loc["C7", verdicts].sum() == sum(c["id"].startswith("C7") for c in found) == 18
     assert counted.loc["C1", verdicts].sum() == 0 and counted.loc["C7", "notebook"] == "06"

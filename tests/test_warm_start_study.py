@@ -97,7 +97,7 @@ def test_costs_and_curves_count_all_stages(comparison: Comparison) -> None:
     assert begin[labels[WARM]] == pytest.approx(begin[labels[DIRECT]] + before)
     assert set(warm_start_figures.looks(comparison)) == set(begin.index)
     cost = warm_start_sweeps.training_cost(comparison)
-    assert len(cost) == len(STUDENTS) + len(SWEEP) + 1  # and direct DMD2 of the moved time
+    assert len(cost) == len(STUDENTS) + len(SWEEP) + 2  # direct of the moved time, and LATER
     assert warm_start_sweeps.seconds(warm) == pytest.approx(
         sum(
             line["seconds"] * stage.steps

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from turbo_lab.errors import BadInput
-from turbo_lab.recipes import adversarial, distribution, trajectory, turbo, warm
+from turbo_lab.recipes import adversarial, distribution, six_blocks, trajectory, turbo, warm
 from turbo_lab.recipes.adversarial import real_folder, with_folder
 from turbo_lab.recipes.models import (
     WORLD,
@@ -49,6 +49,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         **warm.FAMILIES,
         **adversarial.FAMILIES,
         **turbo.FAMILIES,
+        **six_blocks.FAMILIES,
     }
 )
 """Students that notebooks compare, by method."""
@@ -74,6 +75,7 @@ RECIPES: Mapping[str, Callable[[Profile, int], Recipe]] = MappingProxyType(
         **warm.RECIPES,
         **adversarial.RECIPES,
         **turbo.RECIPES,
+        **six_blocks.RECIPES,
     }
 )
 

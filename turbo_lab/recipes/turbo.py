@@ -12,14 +12,13 @@ from functools import partial
 from types import MappingProxyType
 from typing import Literal
 
-from turbo_lab.errors import BadInput
 from turbo_lab.recipes import distribution
 from turbo_lab.recipes.adversarial import AGAINST, CONTROL, MAIN, START, TURBO, Against, going_on
 from turbo_lab.recipes.adversarial import CALLS as LATER_CALLS
 from turbo_lab.recipes.distribution import RIVAL_UPDATES, calls_per_round
 from turbo_lab.recipes.models import Family, Profile, Recipe, Stage
 from turbo_lab.recipes.trajectory import consistency, progressive
-from turbo_lab.recipes.warm import STARTS, STEPS, warm
+from turbo_lab.recipes.warm import STARTS, STEPS, two_steps, warm
 
 CALLS: Mapping[Profile, int] = {
     profile: distribution.CALLS[profile] + later for profile, later in LATER_CALLS.items()
@@ -116,24 +115,17 @@ _chain = partial(progressive, chain=CHAIN, calls=CALLS, name="progressive-more")
 _consistent = partial(consistency, calls=CALLS, name="consistency-more")
 
 
-def _two(recipe: Callable[[Profile, int], Recipe]) -> Callable[[int, Profile, int], Recipe]:
-    def family(steps: int, profile: Profile, seed: int) -> Recipe:
-        if steps != STEPS:
-            raise BadInput("steps", steps, f"choose {STEPS}")
-        return recipe(profile, seed)
-
-    return family
-
-
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
-        "progressive-more": Family(title="progressive", eta=0.0, recipe=_two(_chain)),
-        "consistency-more": Family(title="consistency", eta=1.0, recipe=_two(_consistent)),
+        "progressive-more": Family(title="progressive", eta=0.0, recipe=two_steps(_chain)),
+        "consistency-more": Family(title="consistency", eta=1.0, recipe=two_steps(_consistent)),
         **{
-            name: Family(title=rung.title.strip(), eta=0.0, recipe=_two(partial(turbo, name=name)))
+            name: Family(
+                title=rung.title.strip(), eta=0.0, recipe=two_steps(partial(turbo, name=name))
+            )
             for name, rung in RUNGS.items()
         },
-        LONG: Family(title="turbo, trained longer", eta=0.0, recipe=_two(longer)),
+        LONG: Family(title="turbo, trained longer", eta=0.0, recipe=two_steps(longer)),
     }
 )
 LADDER = (

@@ -124,7 +124,11 @@ def started(name: str) -> Callable[[Profile, int], Recipe]:
     return recipe
 
 
-def _two(recipe: Callable[[Profile, int], Recipe]) -> Callable[[int, Profile, int], Recipe]:
+def two_steps(
+    recipe: Callable[[Profile, int], Recipe],
+) -> Callable[[int, Profile, int], Recipe]:
+    """The recipe of a `Family` whose students have two steps and no other number of them."""
+
     def family(steps: int, profile: Profile, seed: int) -> Recipe:
         if steps != STEPS:
             raise BadInput("steps", steps, f"choose {STEPS}")
@@ -135,10 +139,12 @@ def _two(recipe: Callable[[Profile, int], Recipe]) -> Callable[[int, Profile, in
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
-        "pcm": Family(title="PCM", eta=0.0, recipe=_two(pcm)),
-        "warm-start": Family(title="PCM 25%, before DMD2", eta=0.0, recipe=_two(started("warm"))),
+        "pcm": Family(title="PCM", eta=0.0, recipe=two_steps(pcm)),
+        "warm-start": Family(
+            title="PCM 25%, before DMD2", eta=0.0, recipe=two_steps(started("warm"))
+        ),
         **{
-            name: Family(title=start.title, eta=0.0, recipe=_two(partial(warm, name=name)))
+            name: Family(title=start.title, eta=0.0, recipe=two_steps(partial(warm, name=name)))
             for name, start in STARTS.items()
         },
     }

@@ -1,8 +1,8 @@
 """How far phased consistency alone comes at two steps, and which of its phases loses the signs.
 
-``python -m turbo_lab.studies.pcm_length`` prints it for the shipped student; with ``--calls 560000
---rank 32`` one is trained by so many network calls first, in an adapter of that rank, and with
-``--teacher teacher`` on the network of six blocks.
+``python -m turbo_lab.studies.pcm_length`` prints it for the student of notebook 04, with
+``--student pcm-six`` for that of six blocks; with ``--calls 560000 --rank 32`` one is trained by so
+many network calls first, in an adapter of that rank, and with ``--teacher teacher`` on six blocks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from turbo_lab.recipes import EARLY, GUIDANCE, Profile, Recipe, Stage, resolve
 from turbo_lab.recipes.distribution import SECOND
 from turbo_lab.recipes.models import Rates
 from turbo_lab.recipes.trajectory import student
-from turbo_lab.recipes.warm import GRID_STEPS, PER_SAMPLE, Start, pcm, warm_stage
+from turbo_lab.recipes.warm import GRID_STEPS, PER_SAMPLE, STEPS, Start, warm_stage
 from turbo_lab.sample import final, sample
 from turbo_lab.streams import noise
 from turbo_lab.studies.every_metric import find, reference
@@ -158,14 +158,22 @@ if __name__ == "__main__":
     asked.add_argument("--teacher", default=EARLY, help="whom it follows")
     asked.add_argument("--seed", type=int, default=0, help="of the training")
     asked.add_argument("--captions", type=int, default=512, help="of select that are sampled")
+    shown = asked.add_argument_group("a student that is there, without --calls")
+    shown.add_argument("--student", default="pcm", help="its recipe: pcm or pcm-six")
+    shown.add_argument("--stages", type=int, help="only so many of its stages")
+    shown.add_argument("--edge", type=float, help="between the phases, if not where it was trained")
     given = vars(asked.parse_args())
-    if given["calls"] is None and given["teacher"] != EARLY:
-        asked.error(
-            f"--teacher {given['teacher']}: the shipped student follows {EARLY}; add --calls"
-        )
-    captions, seed = given.pop("captions"), given["seed"]
-    recipe = pcm("quick", seed) if given["calls"] is None else longer(**given)
-    bench = open_lab(device="cpu", teacher=given["teacher"])
-    assert recipe.adapter is not None
+    name, stages, edge, captions = (given.pop(k) for k in ("student", "stages", "edge", "captions"))
+    if given["calls"] is not None:
+        recipe = longer(**given)
+    elif given["teacher"] != EARLY:
+        asked.error(f"--teacher {given['teacher']}: it is for --calls; choose a --student")
+    else:
+        recipe = resolve(name, seed=given["seed"])
+        recipe = recipe.model_copy(update={"stages": recipe.stages[:stages]})
+    if recipe.adapter is None or recipe.teacher is None or len(recipe.times) != STEPS:
+        asked.error(f"--student {name}: choose pcm or pcm-six")
+    bench = open_lab(device="cpu").beside(recipe.teacher)
     pupil = bench.dressed(recipe.adapter, bench.trained(recipe))
-    print(by_phase(bench, pupil, captions=captions).round(4).to_string())
+    edge = recipe.times[1] if edge is None else edge
+    print(by_phase(bench, pupil, captions=captions, edge=edge).round(4).to_string())

@@ -2,7 +2,8 @@
 
 Everyone is sampled for the same captions from the same noise. A rung is a sampler: the guided
 teacher at 50, 40 and 2 steps, or a family of 2-step students with a training for every seed. The
-students of the ladder spent equally many network calls; one beside it spent more.
+students of the ladder spent equally many network calls; two beside it spent more, and one of these
+has a teacher of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from turbo_lab.atomic import atomic_write_text
 from turbo_lab.lab import TEACHER_GUIDANCE, Lab, Samples, Sampling
 from turbo_lab.postcards import Scenes, render
 from turbo_lab.progress import progress
-from turbo_lab.recipes import FAMILIES, Profile, student_recipe
+from turbo_lab.recipes import FAMILIES, Profile, six_blocks, student_recipe
 from turbo_lab.recipes.adversarial import CONTROL
 from turbo_lab.recipes.turbo import LADDER, LONG, RUNGS, SECOND, TURBO
 from turbo_lab.recipes.warm import STEPS
@@ -43,6 +44,7 @@ from turbo_lab.studies.students import Drawn, Key, draw_students
 NOTEBOOK = "06_two_step_turbo"
 SLOW, TEACHER, NAIVE, REAL = "teacher-50", "teacher", "naive", "real"
 COLD, WARM = "dmd2-more", CONTROL
+SIX, SIX_TEACHER = six_blocks.TURBO, "teacher-six"
 TITLES = {
     REAL: "real, other pictures",
     SLOW: "teacher, 50 steps",
@@ -54,6 +56,8 @@ TITLES = {
     WARM: "PCM, DMD2",
     **{name: rung.title for name, rung in RUNGS.items() if name != COLD},
     LONG: FAMILIES[LONG].title,
+    SIX: FAMILIES[SIX].title,
+    SIX_TEACHER: "its teacher, 40 steps",
 }
 """Who is compared, from the top of tables and figures to the bottom."""
 ABLATIONS = tuple(name for name in RUNGS if name not in (TURBO, COLD))
@@ -91,6 +95,8 @@ class Budget:
 
 
 MANY = (TURBO, WARM)
+TRAININGS = 1
+"""Of `SIX`; each takes an hour of a core beside the two and a half of their common start."""
 BUDGETS: Mapping[str, Budget] = MappingProxyType(
     {
         "smoke": Budget(captions=32, seeds=1, most=1, prompts=2, noises=3, real=128, swaps=19),
@@ -175,19 +181,20 @@ def grids_of(ladder: Ladder, rung: str) -> list[Tensor]:
 
 
 def teachers() -> dict[str, Sampling]:
-    """How the teacher is sampled for each of its rungs; at 2 steps, at the students' times."""
+    """How teachers are sampled for each of their rungs; at 2 steps, at the students' times."""
     guided = Sampling(guidance_scale=TEACHER_GUIDANCE)
     return {
         SLOW: guided.model_copy(update={"steps": 50}),
         TEACHER: guided,
         NAIVE: guided.model_copy(update={"steps": STEPS, "times": (1.0, SECOND)}),
+        SIX_TEACHER: guided,
     }
 
 
 def climb(
     lab: Lab, budget: Budget, *, seed: int, profile: Profile = "quick", fresh: bool = False
 ) -> Ladder:
-    """Sample the teacher, every family of the ladder, and the student trained longer.
+    """Sample the teacher, every family of the ladder, and the students beside it.
 
     Args:
         lab: with the teacher.
@@ -195,28 +202,29 @@ def climb(
         seed: of the noise.
         profile: with ``fresh``, the budget that students are trained by; otherwise the shipped
             students (those of ``quick``) serve every profile.
-        fresh: train the students again; what those of the ladder start from is the other
-            notebooks'.
+        fresh: train the students again, but for `SIX`, whose trainings share a start of hours.
     """
-    families = (*LADDER, LONG)
-    seeds = {f: budget.most if f in MANY else budget.seeds for f in families}
+    families = (*LADDER, LONG, SIX)
+    seeds = {f: budget.most if f in MANY else budget.seeds for f in families} | {SIX: TRAININGS}
     keys: list[Key] = [(f, STEPS, k) for f in families for k in range(seeds[f])]
     chosen: Profile = profile if fresh else "quick"
     if fresh:
         for family, steps, k in keys:
             recipe = student_recipe(family, steps=steps, profile=profile, seed=k)
-            lab.trained(recipe, fresh=True)
+            lab.trained(recipe, fresh=family != SIX)
     many, noises = budget.prompts * budget.noises, budget.noises
-    plain = {}
+    drawn = draw_students(lab, keys, captions=budget.captions, seed=seed, profile=chosen)
+    plain, other = {}, drawn.students[SIX, STEPS, 0].bench
     for rung, one in teachers().items():
         each = one.model_copy(update={"n": budget.captions, "seed": seed})
         grid = one.model_copy(update={"n": many, "noises": noises, "seed": seed})
-        plain[rung] = lab.samples(each, TITLES[rung]), lab.samples(grid, TITLES[rung])
+        bench = other if rung == SIX_TEACHER else lab
+        plain[rung] = bench.samples(each, TITLES[rung]), bench.samples(grid, TITLES[rung])
     return Ladder(
         lab=lab,
         budget=budget,
         plain=plain,
-        drawn=draw_students(lab, keys, captions=budget.captions, seed=seed, profile=chosen),
+        drawn=drawn,
         prompts=draw_students(
             lab, keys, captions=budget.prompts, noises=noises, seed=seed, profile=chosen
         ),
@@ -309,7 +317,8 @@ COLUMNS = {"sign_read": 2, "whole_body": 2, "all_right": 2, "hue_kl": 2, "moss_p
 ARROWS = {"more": " ↑", "less": " ↓", "as real": ""}
 """Which way is better, as tables mark it."""
 
-HEADLINE = (REAL, TEACHER, NAIVE, "progressive-more", "consistency-more", COLD, WARM, TURBO, LONG)
+HEADLINE = (REAL, TEACHER, NAIVE, "progressive-more", "consistency-more", COLD, WARM, TURBO, LONG,
+            SIX, SIX_TEACHER)  # fmt: skip
 """Rows of the README's table."""
 
 
@@ -328,9 +337,10 @@ def headline(ladder: Ladder, rows: pd.DataFrame) -> dict[str, Any]:
         ],
         "rows": out,
         "note": f"{ladder.budget.captions} held-out captions, {ladder.budget.most} trainings of "
-        f"the turbo student and {ladder.budget.seeds} or more of the others, means with 95% "
-        "intervals over trainings and captions; students with 2 NFE take steps at times 1 and "
-        f"{SECOND:g}. ↑ more is better, ↓ less.",
+        f"the turbo student, {TRAININGS} of that of six blocks and {ladder.budget.seeds} or more "
+        "of the others, means with 95% intervals over trainings and captions; students with 2 NFE "
+        f"take steps at times 1 and {SECOND:g}, that of six blocks at 1 and {six_blocks.EDGE:g}. "
+        "↑ more is better, ↓ less.",
     }
 
 
@@ -352,9 +362,9 @@ FAILURES = {
 
 
 def failures(ladder: Ladder) -> pd.DataFrame:
-    """How often pictures of turbo, short or long, and of their teacher fail: shares of all."""
+    """How often pictures of each turbo and of the teachers fail: shares of all."""
     out = {}
-    for rung in (TURBO, LONG, TEACHER):
+    for rung in (TURBO, LONG, SIX, TEACHER, SIX_TEACHER):
         of = ladder.found[rung]
         out[TITLES[rung]] = {
             title: float(np.mean([failed(found, kind).mean() for found in of]))

@@ -16,11 +16,13 @@ from turbo_lab.studies.matching import claim_row
 from turbo_lab.studies.students import draw_students
 from turbo_lab.studies.textures import TEXTURES
 from turbo_lab.studies.turbo import (
-    BUDGETS,
     COLD,
     NOTEBOOK,
+    SIX,
+    SIX_TEACHER,
     TEACHER,
     TITLES,
+    TRAININGS,
     WARM,
     Ladder,
     pairs,
@@ -28,6 +30,7 @@ from turbo_lab.studies.turbo import (
 
 PLAIN = "the 2-step student"
 LONGER = f"{PLAIN}, trained longer in a larger adapter,"
+LARGER = f"{PLAIN} of six blocks"
 
 
 def claims(ladder: Ladder, *, profile: str) -> list[Claim]:
@@ -42,8 +45,10 @@ def claims(ladder: Ladder, *, profile: str) -> list[Claim]:
     made = (
         *((TURBO, *one) for one in _quality(ladder, TURBO, "C7", PLAIN)),
         *((LONG, *one) for one in _quality(ladder, LONG, "C7-long", LONGER)),
+        *((SIX, *one) for one in _quality(ladder, SIX, "C7-six", LARGER, SIX_TEACHER)),
         *((TURBO, *one) for one in _ingredients(ladder)),
         *((LONG, *one) for one in _longer(ladder)),
+        *((SIX, *one) for one in _larger(ladder)),
     )
     return [
         Claim(**one, **common, seeds=len(pairs(ladder, who, rival)[0])) for who, rival, one in made
@@ -55,7 +60,7 @@ def _gap(ladder: Ladder, metric: str, who: str, rival: str) -> Interval:
 
 
 def _quality(
-    ladder: Ladder, who: str, begun: str, student: str
+    ladder: Ladder, who: str, begun: str, student: str, teacher: str = TEACHER
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Is a student of 2 NFE near its teacher of 80?"""
     rows: tuple[tuple[str, str, str, Side, float], ...] = (
@@ -70,22 +75,22 @@ def _quality(
     )  # fmt: skip
     for id_, metric, statement, side, threshold in rows:
         title = f"{METRICS[metric].title}, minus those of the teacher at 40 steps"
-        gap, said = _gap(ladder, metric, who, TEACHER), f"{student} {statement}"
-        yield TEACHER, claim_row(f"{begun}-{id_}", said, title, gap, side, threshold)
+        gap, said = _gap(ladder, metric, who, teacher), f"{student} {statement}"
+        yield teacher, claim_row(f"{begun}-{id_}", said, title, gap, side, threshold)
     for id_, metric, threshold in (("hues", "hue_kl", 0.10), ("chroma", "chroma_w1", 0.0)):
         found = ladder.found[who]
         if metric == "hue_kl":
             value, title = interval(found, metric), "hue KL to truth, nats"
             said = f"{student} keeps the hues that the caption leaves open"
         else:
-            value = difference(found, _scaled(ladder), metric)
+            value = difference(found, _scaled(ladder, teacher), metric)
             title = "chroma W1 to real, minus 1.5 times the teacher's"
             said = f"{student} has colours at most 1.5 times as far from real as its teacher's"
-        yield TEACHER, claim_row(f"{begun}-{id_}", said, title, value, "below", threshold)
+        yield teacher, claim_row(f"{begun}-{id_}", said, title, value, "below", threshold)
 
 
-def _scaled(ladder: Ladder) -> list[Found]:
-    (teacher,) = ladder.found[TEACHER]
+def _scaled(ladder: Ladder, rung: str = TEACHER) -> list[Found]:
+    (teacher,) = ladder.found[rung]
     return [looser(teacher)]
 
 
@@ -139,21 +144,35 @@ def _longer(ladder: Ladder) -> Iterator[tuple[str, dict[str, Any]]]:
         yield TURBO, claim_row(id_, f"{LONGER} {said}", title, gap, side, 0.0)
 
 
+def _larger(ladder: Ladder) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a better teacher and far more phased consistency bring together."""
+    rows: tuple[tuple[str, str, str, Side], ...] = (
+        ("L-six-right", "all_right", "has more pictures all right than turbo trained longer",
+         "above"),
+        ("L-six-hues", "hue_kl", "keeps hues nearer to the truth than turbo trained longer",
+         "below"),
+    )  # fmt: skip
+    for id_, metric, said, side in rows:
+        title = f"{METRICS[metric].title}, minus those of {TITLES[LONG]}"
+        gap = _gap(ladder, metric, SIX, LONG)
+        yield LONG, claim_row(id_, f"{LARGER} {said}", title, gap, side, 0.0)
+
+
 def bars(
-    lab: Lab, teacher: Samples, *, seeds: int = BUDGETS["quick"].seeds
+    lab: Lab, teacher: Samples, *, seeds: int = TRAININGS
 ) -> Iterator[tuple[str, Interval, Literal["at least", "at most"], float]]:
     """Name, value with its interval, and the limit of each bar of the turbo student.
 
-    It is the student trained longer; the one of the ladder is there to be compared. Bars that are
+    It is the student of six blocks; those of the ladder are there to be compared. Bars that are
     relative to the teacher are differences from it on the same captions and noise.
 
     Args:
-        lab: with the teacher.
+        lab: with its teacher.
         teacher: its samples for the captions.
         seeds: trainings of the student.
     """
     scenes, real = teacher.scenes, reference(4096)
-    drawn = draw_students(lab, [(LONG, STEPS, k) for k in range(seeds)], captions=len(scenes))
+    drawn = draw_students(lab, [(SIX, STEPS, k) for k in range(seeds)], captions=len(scenes))
     ours = [find(one.images, scenes, real) for one in drawn.samples.values()]
     theirs = [find(teacher.images, scenes, real)]
     yield "turbo.signs_read", interval(ours, "sign_read"), "at least", 0.97

@@ -32,6 +32,8 @@ from turbo_lab.studies.turbo import (
     NAIVE,
     REAL,
     RIVALS,
+    SIX,
+    SIX_TEACHER,
     SLOW,
     TEACHER,
     TITLES,
@@ -41,7 +43,8 @@ from turbo_lab.studies.turbo import (
     images_of,
 )
 
-PICTURED = (TEACHER, NAIVE, "progressive-more", "consistency-more", COLD, WARM, TURBO, LONG)
+PICTURED = (TEACHER, NAIVE, "progressive-more", "consistency-more", COLD, WARM, TURBO, LONG,
+            SIX, SIX_TEACHER)  # fmt: skip
 
 
 def pictures(ladder: Ladder, *, count: int = 10, seed: int = 0) -> Figure:
