@@ -36,9 +36,16 @@ class Bar:
         return f"{self.name} {self.value:.4g}{around}{unit}, {self.side} {self.limit:g} {verdict}"
 
 
-def at_least(name: str, interval: Interval, limit: float) -> Bar:
-    """A bar for the value of an interval, which must reach the limit."""
-    return Bar(name=name, value=interval.value, side="at least", limit=limit, interval=interval)
+def at_least(name: str, interval: Interval, limit: float, *, unit: str = "") -> Bar:
+    """A bar for the value of an interval in some unit, which must reach the limit."""
+    return Bar(
+        name=name,
+        value=interval.value,
+        side="at least",
+        limit=limit,
+        unit=unit,
+        interval=interval,
+    )
 
 
 def printed(bars: Mapping[str, Callable[[], Iterator[Bar]]], only: str | None = None) -> int:

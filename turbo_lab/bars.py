@@ -125,14 +125,7 @@ def dmd2_quality() -> Iterator[Bar]:
         own = np.stack([r[metric][rows].float().numpy() for r in reports])
         of = np.repeat(theirs[metric][rows].float().numpy()[None], len(own), axis=0)
         ratio = crossed_bootstrap(own, of, statistic=lambda a, b: float(a.sum() / b.sum()))
-        yield Bar(
-            name=f"dmd2_4_steps.{name}",
-            value=ratio.value,
-            side="at least",
-            limit=limit,
-            unit="of the teacher's",
-            interval=ratio,
-        )
+        yield at_least(f"dmd2_4_steps.{name}", ratio, limit, unit="of the teacher's")
 
 
 def warm_quality() -> Iterator[Bar]:
@@ -154,10 +147,11 @@ def warm_quality() -> Iterator[Bar]:
     families = ["pcm", *(family for pair in pairs.values() for family in pair)]
     wanted: list[Key] = [(family, STEPS, k) for family in families for k in range(3)]
     drawn = draw_students(_lab(EARLY), [*wanted, (six_blocks.PCM, STEPS, 0)], captions=CAPTIONS)
+    fields = next(iter(drawn.samples.values())).scenes.fields  # the same for everyone
     alone = {"pcm": (_lab(EARLY), TIMES), six_blocks.PCM: (_lab(), (1.0, six_blocks.EDGE))}
     for family, (lab, times) in alone.items():
         naive = lab.samples(Sampling(steps=STEPS, times=times, n=CAPTIONS), "naive 2 steps")
-        fields, bar = naive.scenes.fields, f"{family.replace('-', '_')}_2_steps"
+        bar = f"{family.replace('-', '_')}_2_steps"
         yield at_least(f"{bar}.signs_read", crossed_bootstrap(rows(family, "sign_read")), 0.95)
         bodies, of = rows(family, "whole_body"), seen(naive.images, "whole_body")[None]
         gained = crossed_bootstrap(
@@ -165,14 +159,8 @@ def warm_quality() -> Iterator[Bar]:
             np.repeat(of, len(bodies), axis=0),
             statistic=lambda a, b: float(a.sum() / max(b.sum(), 1)),
         )
-        yield Bar(
-            name=f"{bar}.whole_body",
-            value=gained.value,
-            side="at least",
-            limit=2.0,
-            unit="of 2 Euler steps of the teacher",
-            interval=gained,
-        )
+        unit = "of 2 Euler steps of the teacher"
+        yield at_least(f"{bar}.whole_body", gained, 2.0, unit=unit)
     for name, (warm, direct) in pairs.items():
         gain = crossed_bootstrap(rows(warm, "whole_body") - rows(direct, "whole_body"))
         yield Bar(

@@ -204,10 +204,15 @@ def table(comparison: Comparison) -> pd.DataFrame:
     with progress(len(TITLES), "intervals") as tick:
         for done, family in enumerate(TITLES, start=1):
             at = np.nan if family == TEACHER else STEPS
-            found = intervals(comparison, comparison.measured[family])
-            rows += [{"family": family, "steps": at, "metric": m, **vars(found[m])} for m in found]
+            rows += _rows(comparison, family, at)
             tick(done, family)
     return pd.DataFrame(rows)
+
+
+def _rows(comparison: Comparison, family: str, steps: float) -> list[dict[str, Any]]:
+    """The rows of `table` about one family."""
+    found = intervals(comparison, comparison.measured[family])
+    return [{"family": family, "steps": steps, "metric": m, **vars(found[m])} for m in found]
 
 
 def wide(rows: pd.DataFrame, *metrics: str) -> pd.DataFrame:
@@ -220,8 +225,7 @@ def alone(comparison: Comparison, *metrics: str) -> pd.DataFrame:
     """PCM without DMD2, short and long: one column per metric, as ``value [low, high]``."""
     titles, rows = {ALONE: TITLES[ALONE], LATER: FAMILIES[LATER].title}, []
     for family in titles:
-        found = intervals(comparison, comparison.measured[family])
-        rows += [{"family": family, "steps": STEPS, "metric": m, **vars(found[m])} for m in metrics]
+        rows += _rows(comparison, family, STEPS)
     shown = matching.wide(pd.DataFrame(rows), titles, metrics, ALL_METRICS)
     return shown.droplevel("steps").reindex(list(titles.values()))
 
