@@ -16,13 +16,14 @@ from turbo_lab.fit import Record
 from turbo_lab.methods.flow import FlowMatching
 from turbo_lab.path import time_grid
 from turbo_lab.postcards import caption_tokens
-from turbo_lab.recipes import RECIPES, Rates, Recipe, trajectory, turbo
+from turbo_lab.recipes import RECIPES, Rates, Recipe, six_blocks, trajectory, turbo
 from turbo_lab.recipes.adversarial import AGAINST, CONTROL
 from turbo_lab.recipes.distribution import VARIANTS
 from turbo_lab.recipes.warm import STARTS
 from turbo_lab.sample import final, sample
 from turbo_lab.store import Store
 from turbo_lab.streams import Draw, noise
+from turbo_lab.studies.turbo import TRAININGS
 from turbo_lab.testbeds.postcards import LATENT_SHAPE, NetSize, Postcards
 
 
@@ -142,6 +143,7 @@ ONCE = {
     *AGAINST,
 } - AGAIN
 ONCE -= set(turbo.RECIPES)
+OF_SIX = {six_blocks.PCM: 1, six_blocks.TURBO: TRAININGS}
 FAST = {
     *("teacher", "progressive", "consistency", "continuous", "direct-2"),
     *("dmd2-2", "pcm", "warm", "gan-none", turbo.TURBO),
@@ -154,7 +156,7 @@ SHIPPED = [
         id=f"{name}-{seed}",
     )
     for name in RECIPES
-    for seed in ((0,) if name in ONCE else range(6 if name in MANY else 3))
+    for seed in range(OF_SIX.get(name) or (1 if name in ONCE else 6 if name in MANY else 3))
 ]
 """Every recipe with the seeds that are shipped; the unit suite replays one of each method."""
 
