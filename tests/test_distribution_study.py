@@ -14,11 +14,12 @@ from torch import Tensor
 
 from turbo_lab import explore, measure
 from turbo_lab.errors import BadInput
-from turbo_lab.lab import Lab, Sampling, checked_sampling
+from turbo_lab.lab import Lab
 from turbo_lab.postcards import HUE_MODES, draw_scenes, render
 from turbo_lab.recipes import student_recipe
 from turbo_lab.recipes.distribution import LONGER, VARIANTS, calls_per_round, sampler_times
 from turbo_lab.recipes.trajectory import FAMILIES as TRAJECTORY
+from turbo_lab.sampling import Sampling, checked_sampling
 from turbo_lab.studies import distribution, distribution_figures, matching
 from turbo_lab.studies.distribution import TEACHER, Budget, Comparison, Measured
 

@@ -13,11 +13,12 @@ from turbo_lab import bars, lab, progress
 from turbo_lab.acceptance import Bar
 from turbo_lab.claims import Interval
 from turbo_lab.errors import BadInput, MissingPiece
-from turbo_lab.lab import Lab, Sampling
+from turbo_lab.lab import Lab
 from turbo_lab.path import time_grid
 from turbo_lab.postcards import draw_scenes, render
 from turbo_lab.quality import RATES, TITLES, Yardstick
 from turbo_lab.recipes import EARLY, resolve
+from turbo_lab.sampling import Sampling, checked_sampling
 from turbo_lab.store import Artefact, Store
 from turbo_lab.testbeds.postcards import NetSize, Postcards, spawn_net
 
@@ -73,9 +74,9 @@ def test_explicit_times_take_the_place_of_steps_and_shift() -> None:
     assert Sampling(steps=2, times=(1.0, 0.7155)).grid.tolist() == pytest.approx([1, 0.7155, 0])
     assert torch.equal(Sampling(steps=3, shift=2.0).grid, time_grid(3, shift=2.0))
     with pytest.raises(BadInput, match="one per step, 3"):
-        lab.checked_sampling({"steps": 3, "times": (1.0, 0.5)})
+        checked_sampling({"steps": 3, "times": (1.0, 0.5)})
     with pytest.raises(BadInput, match="times"):
-        lab.checked_sampling({"steps": 2, "times": (0.5, 0.7)})
+        checked_sampling({"steps": 2, "times": (0.5, 0.7)})
 
 
 def test_unguided_sampling_costs_one_call_per_step(bench: Lab) -> None:

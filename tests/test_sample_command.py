@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 
 from turbo_lab import pictures
 from turbo_lab.cli import app
-from turbo_lab.lab import Lab, Sampling
+from turbo_lab.lab import Lab
 from turbo_lab.path import grid_from_times
 from turbo_lab.pictures import checked_order, sample_images
 from turbo_lab.postcards import caption_tokens
 from turbo_lab.recipes import resolve
 from turbo_lab.sample import draw_samples
+from turbo_lab.sampling import Sampling
 from turbo_lab.store import Artefact, Store
 from turbo_lab.testbeds.postcards import Postcards, spawn_net
 

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from turbo_lab.acceptance import Bar, at_least, printed
 from turbo_lab.claims import Interval, wilson
-from turbo_lab.lab import TEACHER_STEPS, Lab, Samples, Sampling, open_lab
+from turbo_lab.lab import Lab, Samples, open_lab
 from turbo_lab.recipes import EARLY
+from turbo_lab.sampling import TEACHER_STEPS, Sampling
 from turbo_lab.store import Store
 
 if TYPE_CHECKING:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from turbo_lab.errors import TurboLabError
 from turbo_lab.figures import contact_sheet
-from turbo_lab.lab import TEACHER_GUIDANCE, TEACHER_STEPS, Lab, checked_sampling
+from turbo_lab.lab import Lab
 from turbo_lab.postcards import Caption, caption_tokens
 from turbo_lab.postcards.captions import ARMS, GROUNDS, LEGS
 from turbo_lab.recipes import FAMILIES
+from turbo_lab.sampling import TEACHER_GUIDANCE, TEACHER_STEPS, checked_sampling
 
 if TYPE_CHECKING:
     import ipywidgets

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 from turbo_lab.errors import TurboLabError
 from turbo_lab.explore import caption_boxes, panel
 from turbo_lab.figures import contact_sheet
-from turbo_lab.lab import Lab, checked_sampling
+from turbo_lab.lab import Lab
 from turbo_lab.postcards import Caption, caption_tokens
 from turbo_lab.recipes.adversarial import AGAINST, CONTROL, LOOKS, MAIN
+from turbo_lab.sampling import checked_sampling
 
 if TYPE_CHECKING:
     import ipywidgets

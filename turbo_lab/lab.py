@@ -9,15 +9,12 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from turbo_lab import dino
@@ -28,7 +25,6 @@ from turbo_lab.errors import BadInput, MissingPiece
 from turbo_lab.field import Field as VelocityField
 from turbo_lab.field import counted, frozen, guided
 from turbo_lab.fit import Record
-from turbo_lab.path import grid_from_times, time_grid
 from turbo_lab.postcards import Scenes
 from turbo_lab.progress import progress
 from turbo_lab.recipes import (
@@ -42,52 +38,10 @@ from turbo_lab.recipes import (
     with_folder,
 )
 from turbo_lab.sample import draw_samples
+from turbo_lab.sampling import TEACHER_GUIDANCE, Sampling, Stream
 from turbo_lab.store import Artefact, Store, key_of
 from turbo_lab.testbeds.postcards import Postcards
 from turbo_lab.training import load_net, trained
-from turbo_lab.validation import allowed
-
-TEACHER_STEPS = 40
-TEACHER_GUIDANCE = 4.0
-"""Qwen-Image's own scale, taken over and not tuned; LOG.md compares it with 2 in one look."""
-
-
-Stream = Literal["critic", "eval", "select"]
-
-
-class Sampling(BaseModel):
-    """How to sample the teacher or a student; frozen, and the key under which samples are kept."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    steps: int = Field(TEACHER_STEPS, ge=1, le=1000)
-    guidance_scale: float = Field(TEACHER_GUIDANCE, ge=0, le=20)
-    rescale: Literal["none", "token", "sample"] = "none"
-    shift: float = Field(1.0, gt=0, le=100)
-    times: tuple[float, ...] = ()
-    """Explicit times, falling from 1, one per step; they take the place of steps and shift."""
-    eta: float = Field(0.0, ge=0, le=1)
-    n: int = Field(256, ge=1, le=100_000)
-    noises: int = Field(1, ge=1, le=10_000)
-    """Samples of each caption: n / noises captions, each that many times in a row."""
-    stream: Stream = "eval"
-    seed: int = Field(0, ge=0)
-
-    @property
-    def grid(self) -> Tensor:
-        """The sampler's times ``[steps + 1]``, falling to 0."""
-        if self.times:
-            return grid_from_times(self.times)
-        return time_grid(self.steps, shift=self.shift)
-
-    @model_validator(mode="after")
-    def _one_time_per_step(self) -> Sampling:
-        if self.times and len(self.times) != self.steps:
-            raise BadInput("times", self.times, f"give one per step, {self.steps} of them")
-        if self.n % self.noises:
-            raise BadInput("n", self.n, f"use a multiple of noises, {self.noises}")
-        _ = self.grid  # refuses times that do not fall
-        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,24 +332,6 @@ def train(
     if ship:
         store.ship(artefact)
     return artefact
-
-
-def checked_sampling(values: Mapping[str, object]) -> Sampling:
-    """Validate sampling parameters.
-
-    Raises:
-        BadInput: naming the first parameter that is out of range.
-    """
-    from pydantic import ValidationError
-
-    try:
-        return Sampling.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        if isinstance(said := first.get("ctx", {}).get("error"), BadInput):
-            raise said from None
-        name = str(first["loc"][0])
-        raise BadInput(name, first["input"], allowed(Sampling.model_fields[name])) from None
 
 
 def _trained(recipe: Recipe, *, store: Store, fresh: bool, device: str) -> Artefact:

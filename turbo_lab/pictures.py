@@ -15,18 +15,11 @@ from turbo_lab.delivery import FEW, Delivery, delivery, is_key
 from turbo_lab.errors import BadInput
 from turbo_lab.figures import contact_sheet
 from turbo_lab.keys import key_of
-from turbo_lab.lab import (
-    TEACHER_GUIDANCE,
-    TEACHER_STEPS,
-    Lab,
-    Sampling,
-    Student,
-    checked_sampling,
-    open_lab,
-)
+from turbo_lab.lab import Lab, Student, open_lab
 from turbo_lab.lora_export import check_out
 from turbo_lab.postcards import caption_tokens
 from turbo_lab.recipes import EARLY, resolve, student_recipe
+from turbo_lab.sampling import TEACHER_GUIDANCE, TEACHER_STEPS, Sampling, checked_sampling
 
 ENLARGE = 8
 AT_ONCE = 8

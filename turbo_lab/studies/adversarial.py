@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from turbo_lab import measure
-from turbo_lab.lab import Lab, Samples, Sampling
+from turbo_lab.lab import Lab, Samples
 from turbo_lab.postcards import Scenes, draw_scenes, render
 from turbo_lab.progress import progress
 from turbo_lab.recipes import Profile, student_recipe
 from turbo_lab.recipes.adversarial import AGAINST, CONTROL, LOOKS, START, TURBO
 from turbo_lab.recipes.warm import STEPS
+from turbo_lab.sampling import Sampling
 from turbo_lab.studies import matching
 from turbo_lab.studies.students import Drawn, Key, draw_students
 from turbo_lab.studies.textures import (

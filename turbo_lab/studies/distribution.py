@@ -15,11 +15,12 @@ from torch import Tensor
 
 from turbo_lab import claims as cl
 from turbo_lab.claims import Claim, Interval
-from turbo_lab.lab import Lab, Samples, Sampling
+from turbo_lab.lab import Lab, Samples
 from turbo_lab.progress import progress
 from turbo_lab.recipes import FAMILIES, Profile, Recipe, student_recipe
 from turbo_lab.recipes.distribution import DMD2_STEPS, LONG, LONGER, SECOND, VARIANTS
 from turbo_lab.recipes.trajectory import FAMILIES as TRAJECTORY
+from turbo_lab.sampling import Sampling
 from turbo_lab.studies import matching
 from turbo_lab.studies.matching import BINS as BINS  # names of the study, kept in matching
 from turbo_lab.studies.matching import METRICS as METRICS

@@ -14,8 +14,8 @@ from torch import Tensor
 from turbo_lab import claims as cl
 from turbo_lab import measure
 from turbo_lab.claims import Interval
-from turbo_lab.lab import TEACHER_STEPS
 from turbo_lab.measure.views import chroma
+from turbo_lab.sampling import TEACHER_STEPS
 
 RATES = {"sign_read": "signs read", "whole_body": "whole bodies", "ghost_signs": "ghost signs"}
 MEANS = {

@@ -26,9 +26,10 @@ from turbo_lab.adapters import Worn
 from turbo_lab.claims import Claim, Interval, bootstrap
 from turbo_lab.field import Field as VelocityField
 from turbo_lab.field import Frozen, counted
-from turbo_lab.lab import TEACHER_GUIDANCE, Lab, Sampling, Student
+from turbo_lab.lab import Lab, Student
 from turbo_lab.progress import progress
 from turbo_lab.recipes import Profile
+from turbo_lab.sampling import TEACHER_GUIDANCE, Sampling
 from turbo_lab.studies.matching import claim_row
 from turbo_lab.studies.speed_clock import APART, PARTS, TEACHERS, TOGETHER, Run
 

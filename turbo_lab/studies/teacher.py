@@ -15,13 +15,14 @@ from matplotlib.figure import Figure
 from turbo_lab import claims as cl
 from turbo_lab import figures
 from turbo_lab.claims import Claim, Interval, Side
-from turbo_lab.lab import TEACHER_GUIDANCE, TEACHER_STEPS, Lab, Samples, Sampling
+from turbo_lab.lab import Lab, Samples
 from turbo_lab.methods.flow import FlowMatching
 from turbo_lab.path import TerminalWarning, qwen_mu, shift_from_mu, time_grid
 from turbo_lab.postcards.captions import GROUNDS
 from turbo_lab.quality import TITLES, Yardstick, long_table, per_image
 from turbo_lab.recipes import Recipe
 from turbo_lab.sample import sample
+from turbo_lab.sampling import TEACHER_GUIDANCE, TEACHER_STEPS, Sampling
 from turbo_lab.streams import noise
 from turbo_lab.testbeds.points import points
 

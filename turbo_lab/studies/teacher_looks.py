@@ -9,7 +9,8 @@ import argparse
 
 import pandas as pd
 
-from turbo_lab.lab import TEACHER_GUIDANCE, Lab, Sampling, open_lab
+from turbo_lab.lab import Lab, open_lab
+from turbo_lab.sampling import TEACHER_GUIDANCE, Sampling
 from turbo_lab.studies.every_metric import find, reference
 
 LOOKED_AT = ("sign_read", "ghost_signs", "sign_lost", "whole_body", "hue_kl",
@@ -30,7 +31,7 @@ def look(lab: Lab, *, captions: int, guidance_scale: float, shift: float = 1.0) 
         `turbo_lab.studies.every_metric.METRICS`.
 
     Raises:
-        ValidationError: a number is out of its range, see `turbo_lab.lab.Sampling`.
+        ValidationError: a number is out of its range, see `turbo_lab.sampling.Sampling`.
     """
     asked = {"n": captions, "guidance_scale": guidance_scale, "shift": shift}
     drawn = lab.samples(Sampling(stream="select", **asked), "teacher on select")

@@ -16,11 +16,12 @@ import pandas as pd
 import torch
 
 from turbo_lab.fit import fit
-from turbo_lab.lab import Sampling, lab_of
+from turbo_lab.lab import lab_of
 from turbo_lab.path import mix, velocity
 from turbo_lab.postcards import draw_scenes, render
 from turbo_lab.recipes import Recipe
 from turbo_lab.recipes.teacher import teacher
+from turbo_lab.sampling import Sampling
 from turbo_lab.store import Store
 from turbo_lab.streams import noise
 from turbo_lab.studies.every_metric import find, reference

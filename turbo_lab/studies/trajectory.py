@@ -17,11 +17,12 @@ from torch import Tensor
 from turbo_lab import claims as cl
 from turbo_lab import measure
 from turbo_lab.claims import Claim, Interval
-from turbo_lab.lab import Lab, Samples, Sampling, Student
+from turbo_lab.lab import Lab, Samples, Student
 from turbo_lab.measure.areas import AREAS, area_errors, area_masks
 from turbo_lab.measure.oracles import Reading
 from turbo_lab.progress import progress
 from turbo_lab.recipes import FAMILIES, Profile, resolve
+from turbo_lab.sampling import Sampling
 from turbo_lab.studies.students import draw_students
 
 NOTEBOOK = "02_blur_in_trajectory_distillation"

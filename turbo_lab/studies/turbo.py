@@ -21,13 +21,14 @@ import pandas as pd
 from torch import Tensor
 
 from turbo_lab.atomic import atomic_write_text
-from turbo_lab.lab import TEACHER_GUIDANCE, Lab, Samples, Sampling
+from turbo_lab.lab import Lab, Samples
 from turbo_lab.postcards import Scenes, render
 from turbo_lab.progress import progress
 from turbo_lab.recipes import FAMILIES, Profile, six_blocks, student_recipe
 from turbo_lab.recipes.adversarial import CONTROL
 from turbo_lab.recipes.turbo import LADDER, LONG, RUNGS, SECOND, TURBO
 from turbo_lab.recipes.warm import STEPS
+from turbo_lab.sampling import TEACHER_GUIDANCE, Sampling
 from turbo_lab.studies.every_metric import (
     METRICS,
     Found,

@@ -17,12 +17,12 @@ from turbo_lab.atomic import atomic_write_bytes
 from turbo_lab.charts import Band
 from turbo_lab.field import guided
 from turbo_lab.figures import ACCENT, SECOND, SOFT, bare, contact_sheet, style
-from turbo_lab.lab import TEACHER_GUIDANCE, TEACHER_STEPS
 from turbo_lab.path import grid_from_times, time_grid
 from turbo_lab.recipes.turbo import LONG, TURBO
 from turbo_lab.recipes.turbo import SECOND as SECOND_TIME
 from turbo_lab.recipes.warm import STEPS
 from turbo_lab.sample import sample
+from turbo_lab.sampling import TEACHER_GUIDANCE, TEACHER_STEPS
 from turbo_lab.streams import noise
 from turbo_lab.studies.every_metric import METRICS
 from turbo_lab.studies.turbo import (

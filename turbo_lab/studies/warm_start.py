@@ -15,11 +15,12 @@ from torch import Tensor
 
 from turbo_lab import claims as cl
 from turbo_lab.claims import Claim, Interval
-from turbo_lab.lab import Lab, Samples, Sampling
+from turbo_lab.lab import Lab, Samples
 from turbo_lab.progress import progress
 from turbo_lab.recipes import FAMILIES, Profile, six_blocks, student_recipe
 from turbo_lab.recipes.distribution import SECOND
 from turbo_lab.recipes.warm import SHARE, STARTS, STEPS, TIMES
+from turbo_lab.sampling import Sampling
 from turbo_lab.studies import matching
 from turbo_lab.studies.distribution import SOURCE
 from turbo_lab.studies.matching import METRICS, PARTS, Measured, claim_row, hue_kl, like
