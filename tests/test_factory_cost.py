@@ -64,6 +64,7 @@ CASES: dict[str, dict[str, Any]] = {
     "direct-2": {},
     "continuous": {"warmup": 0},
     "dmd2-2": {"times": (1.0,)},  # one step, so that nothing is drawn
+    "tdm-2": {"times": (1.0,)},
     "turbo": {"times": (1.0,)},
 }
 

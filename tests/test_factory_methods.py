@@ -32,6 +32,7 @@ GENERATES = {
     "direct": "direct-2",
     "consistency": "consistency",
     "dmd2": "dmd2-2",
+    "tdm": "tdm-2",
 }
 
 

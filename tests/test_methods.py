@@ -23,6 +23,7 @@ from turbo_lab.methods.direct import Direct
 from turbo_lab.methods.dmd2 import DMD2
 from turbo_lab.methods.flow import FlowMatching
 from turbo_lab.methods.progressive import Progressive
+from turbo_lab.methods.tdm import TDM
 from turbo_lab.methods.transition import Transition
 from turbo_lab.optimisers import Optimiser
 from turbo_lab.streams import Draw
@@ -43,6 +44,12 @@ def dmd2(student: GaussianField) -> DMD2:
     """One step, with the fake score that is exact for this student."""
     fake = GaussianField(student.mean.item(), student.log_std.exp().item())
     return DMD2(student=student, teacher=TEACHER, fake=fake, times=(1.0,))
+
+
+def tdm(student: GaussianField) -> TDM:
+    """The same; more steps than one have their own tests."""
+    fake = GaussianField(student.mean.item(), student.log_std.exp().item())
+    return TDM(student=student, teacher=TEACHER, fake=fake, times=(1.0,))
 
 
 class OneStepHead(GaussianField):
@@ -84,6 +91,7 @@ BUILD: dict[str, Case] = {
         GaussianMap,
     ),
     "dmd2": Case(dmd2, GaussianMap),
+    "tdm": Case(tdm, GaussianMap),
     "direct": Case(lambda student: Direct(student=student, steps=1), GaussianMap, gaussian_pairs),
 }
 

@@ -173,6 +173,15 @@ def _dmd2(stage: QwenStage) -> Passes:
     return Passes(forward=rivals + share * student, gradient=1 + share)
 
 
+def _tdm(stage: QwenStage) -> Passes:
+    """As `_dmd2`, but a critic looks at samples of all steps, never at an earlier step's."""
+    times = stage.options["times"]
+    assert isinstance(times, tuple)
+    whole, common = len(times), _dmd2(stage)
+    more = whole - (whole + 1) / 2 if stage.gan else 0
+    return Passes(forward=common.forward + more, gradient=common.gradient)
+
+
 PASSES: Mapping[str, Callable[[QwenStage], Passes]] = MappingProxyType(
     {
         "consistency": _consistency,
@@ -180,6 +189,7 @@ PASSES: Mapping[str, Callable[[QwenStage], Passes]] = MappingProxyType(
         "progressive": _progressive,
         "direct": _direct,
         "dmd2": _dmd2,
+        "tdm": _tdm,
     }
 )
 """Of the methods that have a recipe here."""

@@ -10,6 +10,7 @@ from turbo_lab.methods.flow import FlowMatching
 from turbo_lab.methods.gan import WithGan
 from turbo_lab.methods.phased import phase_edges
 from turbo_lab.methods.progressive import Progressive
+from turbo_lab.methods.tdm import TDM
 from turbo_lab.methods.transition import Transition
 
 METHODS = {
@@ -20,11 +21,13 @@ METHODS = {
     "direct": Direct,
     "transition": Transition,
     "dmd2": DMD2,
+    "tdm": TDM,
 }
 
 __all__ = [
     "DMD2",
     "METHODS",
+    "TDM",
     "Consistency",
     "ContinuousConsistency",
     "Direct",

@@ -276,6 +276,20 @@ def dmd2(size: int, profile: Profile, seed: int, source: Source, *, steps: int) 
     return _recipe(f"dmd2-{steps}", size, profile, seed, source, stage)
 
 
+def tdm(size: int, profile: Profile, seed: int, source: Source, *, steps: int) -> QwenRecipe:
+    """Trajectory distribution matching: all numbers are those of `dmd2`, and so is the noise.
+
+    TDM was published on other models; what it needs on this one is not known.
+    """
+    whole = dmd2(size, profile, seed, source, steps=steps)
+    (stage,) = whole.stages
+    kept = ("times", "rival_updates", "noise_shift")
+    stage = stage.model_copy(
+        update={"method": "tdm", "options": {name: stage.options[name] for name in kept}}
+    )
+    return whole.model_copy(update={"name": f"tdm-{steps}", "stages": (stage,)})
+
+
 Resolve = Callable[[int, Profile, int, Source], QwenRecipe]
 
 QWEN_RECIPES: Mapping[str, tuple[Resolve, tuple[Source, ...]]] = MappingProxyType(
@@ -288,6 +302,7 @@ QWEN_RECIPES: Mapping[str, tuple[Resolve, tuple[Source, ...]]] = MappingProxyTyp
         "turbo": (turbo, ("pairs", "images")),
         **{f"direct-{n}": (partial(direct, steps=n), ("pairs",)) for n in (8, 4, 2, 1)},
         **{f"dmd2-{n}": (partial(dmd2, steps=n), ("prompts",)) for n in (8, 4, 2)},
+        **{f"tdm-{n}": (partial(tdm, steps=n), ("prompts",)) for n in (4, 2)},
     }
 )
 """Recipes by name, and the data each can learn from; the first where no images are given."""

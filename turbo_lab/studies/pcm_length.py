@@ -1,8 +1,9 @@
 """How far phased consistency alone comes at two steps, and which of its phases loses the signs.
 
 ``python -m turbo_lab.studies.pcm_length`` prints it for the student of notebook 04, with
-``--student pcm-six`` for that of six blocks; with ``--calls 560000 --rank 32`` one is trained by so
-many network calls first, in an adapter of that rank, and with ``--teacher teacher`` on six blocks.
+``--student pcm-six`` for that of six blocks, and with ``turbo-six`` for what becomes of it; with
+``--calls 560000 --rank 32`` one is trained by so many network calls first, in an adapter of that
+rank, and with ``--teacher teacher`` on six blocks.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ if __name__ == "__main__":
     asked.add_argument("--seed", type=int, default=0, help="of the training")
     asked.add_argument("--captions", type=int, default=512, help="of select that are sampled")
     shown = asked.add_argument_group("a student that is there, without --calls")
-    shown.add_argument("--student", default="pcm", help="its recipe: pcm or pcm-six")
+    shown.add_argument("--student", default="pcm", help="its recipe, of two steps")
     shown.add_argument("--stages", type=int, help="only so many of its stages")
     shown.add_argument("--edge", type=float, help="between the phases, if not where it was trained")
     given = vars(asked.parse_args())
@@ -172,7 +173,7 @@ if __name__ == "__main__":
         recipe = resolve(name, seed=given["seed"])
         recipe = recipe.model_copy(update={"stages": recipe.stages[:stages]})
     if recipe.adapter is None or recipe.teacher is None or len(recipe.times) != STEPS:
-        asked.error(f"--student {name}: choose pcm or pcm-six")
+        asked.error(f"--student {name}: choose one of two steps, such as pcm or pcm-six")
     bench = open_lab(device="cpu").beside(recipe.teacher)
     pupil = bench.dressed(recipe.adapter, bench.trained(recipe))
     edge = recipe.times[1] if edge is None else edge
