@@ -60,10 +60,11 @@ class TDM:
               \qquad g = \frac{\hat x_{fake}(x_t) - \hat x_{teacher}(x_t)}
                               {\max(\mathrm{mean}|\hat x - \hat x_{teacher}|,\; floor)}
 
-    (Luo et al. 2025, TDM, arXiv 2503.06674.) DMD2 matches the clean image that every step
-    predicts, and so asks the first step for a whole picture; this asks it only for what is decided
-    by the time s. The ranges do not overlap, so one fake learns all steps: see `velocity_from`.
-    With one step this is DMD2's gradient, with t below 1.
+    (after Luo et al. 2025, TDM, arXiv 2503.06674, from its description and without its condition
+    on the number of steps). DMD2 matches the clean image that every step predicts, and so asks the
+    first step for a whole picture; this asks it only for what is decided by the time s. The ranges
+    do not overlap, so one fake learns all steps: see `velocity_from`. With one step this is DMD2's
+    gradient, with t below 1.
 
     Rounds and turns are those of `turbo_lab.methods.DMD2`, and so are ``g_norm`` and ``gap``. The
     step k is drawn once for the whole batch. Of the batch, ``c`` is used, and of ``x`` the shape.

@@ -96,8 +96,8 @@ class Budget:
 
 
 MANY = (TURBO, WARM)
-TRAININGS = 1
-"""Of `SIX`; each takes an hour of a core beside the two and a half of their common start."""
+TRAININGS = 3
+"""Of `SIX`, from one start; each takes an hour of a core, the start two and a half."""
 BUDGETS: Mapping[str, Budget] = MappingProxyType(
     {
         "smoke": Budget(captions=32, seeds=1, most=1, prompts=2, noises=3, real=128, swaps=19),

@@ -85,7 +85,7 @@ def dots(rows: pd.DataFrame, metrics: Sequence[str]) -> Figure:
             REAL: Band(f"{TITLES[REAL]}, 95% interval", 0.45),
         },
         accent=TURBO,
-        ylabel="sampler at 2 steps",
+        ylabel="sampler",
         breaks=(next(iter(ABLATIONS)), LONG),
         columns=5,
     )
