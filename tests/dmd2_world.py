@@ -8,10 +8,16 @@ from torch import Tensor
 from turbo_lab.field import Field, frozen
 from turbo_lab.methods.dmd2 import DMD2
 from turbo_lab.methods.kinds import TrainableField
+from turbo_lab.optimisers import Optimiser
 from turbo_lab.streams import Draw
 
 TEACHER = frozen(GaussianField().requires_grad_(False))
 DRAW = Draw(seed=3, step=5, total=64)
+WITH_A_LEARNED_FAKE = {
+    "student": Optimiser(lr=0.04, final=0.05),
+    "fake": Optimiser(lr=0.05, betas=(0.0, 0.99), final=0.05),
+}
+"""Rates at which 320 rounds of 64, four for each update of the student, bring it home."""
 
 
 def build(

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from dmd2_world import DRAW, TEACHER, Recorded, build, draw_of_step
+from dmd2_world import DRAW, TEACHER, WITH_A_LEARNED_FAKE, Recorded, build, draw_of_step
 from gaussian_world import DIM, MEAN, STD, GaussianField, GaussianMap, gaussian_batches
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
@@ -245,10 +245,7 @@ def test_a_wrong_student_is_pulled_home_when_the_fake_is_kept_exact() -> None:
 def test_two_renoised_steps_with_a_learned_fake_come_home_too() -> None:
     student = GaussianMap(2.3, 0.9)
     method = build(student, times=(1.0, 0.7), eta=1.0, rival_updates=4)
-    plan = {
-        "student": Optimiser(lr=0.04, final=0.05),
-        "fake": Optimiser(lr=0.05, betas=(0.0, 0.99), final=0.05),
-    }
+    plan = WITH_A_LEARNED_FAKE
     list(fit(method, gaussian_batches, steps=320, batch_size=64, seed=0, optimisers=plan))
     assert student.mean.item() == pytest.approx(MEAN, abs=0.06)
     assert student.log_std.exp().item() == pytest.approx(STD, abs=0.06)

@@ -57,6 +57,15 @@ def test_rounds_are_counted_as_on_postcards(steps: int, gan: bool) -> None:
     assert passes_of(pcm).calls == PER_SAMPLE["consistency"]
 
 
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_critic_looks_at_samples_of_all_steps_of_tdm(steps: int) -> None:
+    plain = resolve_qwen(f"tdm-{steps}", size=1024).stages[0]
+    judged = plain.model_copy(update={"gan": resolve_qwen("turbo", size=1024).stages[-1].gan})
+    with_critic, without = passes_of(judged), passes_of(plain)
+    assert with_critic.forward - without.forward == steps
+    assert without == passes_of(resolve_qwen(f"dmd2-{steps}", size=1024).stages[0])
+
+
 CASES: dict[str, dict[str, Any]] = {
     "consistency": {},
     "pcm": {},

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from dmd2_world import DRAW, TEACHER, Recorded, draw_of_step
+from dmd2_world import DRAW, TEACHER, WITH_A_LEARNED_FAKE, Recorded, draw_of_step
 from gaussian_world import MEAN, STD, GaussianField, GaussianMap, gaussian_batches
 from torch import Tensor
 
@@ -124,10 +124,7 @@ def test_the_fake_learns_the_field_of_the_states_in_all_ranges() -> None:
 def test_two_steps_with_a_learned_fake_come_home() -> None:
     student = PhaseMap(2.3, 1.1)
     method = build(student, rival_updates=4)
-    plan = {
-        "student": Optimiser(lr=0.04, final=0.05),
-        "fake": Optimiser(lr=0.05, betas=(0.0, 0.99), final=0.05),
-    }
+    plan = WITH_A_LEARNED_FAKE
     list(fit(method, gaussian_batches, steps=320, batch_size=64, seed=0, optimisers=plan))
     assert student.mean.item() == pytest.approx(MEAN, abs=0.06)
     assert student.log_std.exp().item() == pytest.approx(STD, abs=0.06)

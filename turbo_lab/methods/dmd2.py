@@ -13,7 +13,7 @@ from torch import Tensor
 from turbo_lab.critic import Critic, TrainableCritic, logistic
 from turbo_lab.errors import BadInput
 from turbo_lab.field import Condition, Field
-from turbo_lab.fit import Batch, Player, Turn
+from turbo_lab.fit import Batch, Player, Terms, Turn
 from turbo_lab.methods.divergences import density_ratio, divergence_named, needs_ratio
 from turbo_lab.methods.kinds import TrainableField, chosen, squared
 from turbo_lab.path import (
@@ -30,6 +30,7 @@ from turbo_lab.sample import State, final, sample
 from turbo_lab.streams import Draw
 
 Range = tuple[float, float]
+Loss = Callable[[Batch, Draw], Terms]
 Start = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, int]]
 
 
@@ -89,6 +90,17 @@ def surrogate(x: Tensor, g: Tensor) -> Tensor:
     does not.
     """
     return squared(x, (x - g).detach()) / 2
+
+
+def rounds(
+    fake: Loss, student: Loss, *, every: int, between: Sequence[Turn] = ()
+) -> Sequence[Turn]:
+    """Turns of a round: the fake's, others of rivals, and in each ``every``-th the student's."""
+    return (
+        Turn(name="fake", loss=fake, moves=("fake",)),
+        *between,
+        Turn(name="student", loss=student, moves=("student",), every=every),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,16 +247,8 @@ class DMD2:
 
     def turns(self) -> Sequence[Turn]:
         """Every round the rivals, and then, every ``rival_updates`` rounds, the student."""
-        return (
-            Turn(name="fake", loss=self.fake_loss, moves=("fake",)),
-            *(Turn(name=name, loss=self.critic_loss, moves=(name,)) for name in self._critics),
-            Turn(
-                name="student",
-                loss=self.student_loss,
-                moves=("student",),
-                every=self.rival_updates,
-            ),
-        )
+        critics = [Turn(name=name, loss=self.critic_loss, moves=(name,)) for name in self._critics]
+        return rounds(self.fake_loss, self.student_loss, every=self.rival_updates, between=critics)
 
     @property
     def grid(self) -> Tensor:

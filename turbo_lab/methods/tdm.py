@@ -12,7 +12,7 @@ from torch import Tensor
 from turbo_lab.errors import BadInput
 from turbo_lab.field import Field
 from turbo_lab.fit import Batch, Player, Turn
-from turbo_lab.methods.dmd2 import pull, rms, surrogate
+from turbo_lab.methods.dmd2 import pull, rms, rounds, surrogate
 from turbo_lab.methods.kinds import TrainableField, squared
 from turbo_lab.methods.phased import push, push_scales
 from turbo_lab.path import Time, expand, grid_from_times, shift_time
@@ -107,15 +107,7 @@ class TDM:
 
     def turns(self) -> Sequence[Turn]:
         """Every round the fake, and then, every ``rival_updates`` rounds, the student."""
-        return (
-            Turn(name="fake", loss=self.fake_loss, moves=("fake",)),
-            Turn(
-                name="student",
-                loss=self.student_loss,
-                moves=("student",),
-                every=self.rival_updates,
-            ),
-        )
+        return rounds(self.fake_loss, self.student_loss, every=self.rival_updates)
 
     @property
     def grid(self) -> Tensor:
