@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from turbo_lab import places, reproduce, runner
 from turbo_lab.errors import BadInput
 from turbo_lab.recipes import EARLY, resolve
 from turbo_lab.run_one import Outcome
-from turbo_lab.store import Store
+from turbo_lab.store import Store, atomic_folder
 
 
 def claim(id_: str, verdict: str, notebook: str = "01_teacher") -> dict[str, Any]:
@@ -118,6 +119,40 @@ def test_what_is_kept_lies_in_the_store_as_it_was_shipped(
     kept = found[1].find(early.artefact, early.spec())
     assert kept is not None and kept.path.is_relative_to(checkout)
     assert {entry.name for entry in found[1].entries()} == {"postcards/teacher"}
+
+
+def as_trained_again(folder: Path, *, other_bits: bool) -> None:
+    """Another processor's card, and weights with a byte more if asked."""
+    copy = folder.parent / "copy"
+    shutil.copytree(folder, copy)
+    shutil.rmtree(folder)
+    card = json.loads((copy / "card.json").read_text())
+    card["machine"]["cpu"] = "another"
+    (copy / "card.json").write_text(json.dumps(card))
+    with (copy / "clouds.safetensors").open("ab") as weights:
+        weights.write(b"0" * other_bits)
+    with atomic_folder(folder) as target:
+        shutil.copytree(copy, target, dirs_exist_ok=True)
+    shutil.rmtree(copy)
+
+
+def test_weights_trained_again_are_held_against_the_shipped_ones(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "run", notebooks([]))
+    reproduce.reproduce(keep=["points/plane", "points/tilted", "points/base"])
+    assert reproduce.retrained() == []  # copies, with their cards
+    points = places.run_dir("reproduce") / "quick" / "store" / "points"
+    (plane,), (tilted,) = points.glob("plane-*"), points.glob("tilted-*")
+    as_trained_again(plane, other_bits=False)
+    as_trained_again(tilted, other_bits=True)
+    found = reproduce.retrained()
+    assert {one.artefact for one in found} == {f"points/{plane.name}", f"points/{tilted.name}"}
+    assert [one.artefact for one in found if not one.same] == [f"points/{tilted.name}"]
+    said = reproduce.report([], found).splitlines()
+    assert said[1] == f"1 of {len(found)} files of weights have other bits (*)"
+    assert said[2].startswith(f"* points/{tilted.name}/clouds.safetensors: ")
+    assert said[2].endswith(" -> another") and len(said) == 3
 
 
 def test_only_profiles_that_train_are_taken_and_the_variable_is_checked(

@@ -312,7 +312,7 @@ def reproduce(
     outcomes, found = again.reproduce(
         profile=profile, only=only or [], keep=keep or [], jobs=jobs, device=device
     )
-    typer.echo(again.report(found))
+    typer.echo(again.report(found, again.retrained(profile)))
     _conclude(outcomes)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from turbo_lab import places, runner
-from turbo_lab.atomic import atomic_write_text
+from turbo_lab.atomic import atomic_write_text, read_manifest
 from turbo_lab.errors import BadInput
 from turbo_lab.run_one import Outcome
 from turbo_lab.store import CACHE_VARIABLE, SHIPPED_VARIABLE, Store, atomic_folder
@@ -48,6 +48,22 @@ class Change:
         return (
             f"{mark} {self.notebook[:2]} {self.id:28s} {_said(self.before)} -> {_said(self.after)}"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrained:
+    """A file of weights that is shipped and was trained again."""
+
+    artefact: str
+    file: str
+    same: bool
+    """To the bit."""
+    before: str
+    """The processor that trained the shipped one."""
+    after: str
+
+    def __str__(self) -> str:
+        return f"* {self.artefact}/{self.file}: {self.before} -> {self.after}"
 
 
 def reproduce(
@@ -107,15 +123,17 @@ def reproduce(
 def _shipped(names: Sequence[str]) -> Iterator[Path]:
     """Folders of the shipped artefacts of some names."""
     for name in names:
-        found = [
-            root / f"{entry.name}-{entry.key}"
-            for root in Store.default().shipped
-            for entry in Store(cache=root).entries()
-            if entry.name == name
-        ]
+        found = [folder for of, folder in _folders() if of == name]
         if not found:
             raise BadInput("keep", name, "use what turbo-lab artifacts lists as shipped")
         yield from found
+
+
+def _folders() -> Iterator[tuple[str, Path]]:
+    """Name and folder of all that is shipped."""
+    for root in Store.default().shipped:
+        for entry in Store(cache=root).entries():
+            yield entry.name, root / f"{entry.name}-{entry.key}"
 
 
 def changes(
@@ -136,6 +154,37 @@ def changes(
     return sorted(found, key=lambda one: one.same)
 
 
+def retrained(profile: str = "quick") -> list[Retrained]:
+    """Every file of weights beside the shipped one, from all runs since the store was emptied.
+
+    What was kept, and so copied with its card, is left out.
+
+    Args:
+        profile: of those runs.
+    """
+    again = places.run_dir("reproduce") / profile / "store"
+    pairs = ((old, again / old.parent.name / old.name) for _, old in _folders())
+    return [found for old, new in pairs if new.is_dir() for found in _weights(old, new)]
+
+
+def _weights(old: Path, new: Path) -> Iterator[Retrained]:
+    """The files of weights that two folders of one artefact both have."""
+    cards = [_card(folder) for folder in (old, new)]
+    if cards[0] == cards[1]:
+        return
+    before, after = (card["machine"]["cpu"] for card in cards)
+    digests, others = read_manifest(old), read_manifest(new)
+    for file in sorted(digests.keys() & others.keys()):
+        if file.endswith(".safetensors"):
+            yield Retrained(
+                artefact=f"{old.parent.name}/{old.name}",
+                file=file,
+                same=digests[file] == others[file],
+                before=before,
+                after=after,
+            )
+
+
 def core_hours(keep: Sequence[str] = ()) -> float:
     """Hours of one core that the shipped trainings took, less what is kept: the least of a run.
 
@@ -146,23 +195,34 @@ def core_hours(keep: Sequence[str] = ()) -> float:
         BadInput: nothing of such a name is shipped.
     """
     kept = set(_shipped(keep))
-    folders = {
-        card.parent for root in Store.default().shipped for card in root.glob("*/*/card.json")
-    }
-    seconds = (json.loads((f / "card.json").read_text())["seconds"] for f in folders - kept)
-    return sum(seconds) / 3600
+    left = (folder for _, folder in _folders() if folder not in kept)
+    return sum(_card(folder)["seconds"] for folder in left) / 3600
 
 
-def report(found: Sequence[Change]) -> str:
-    """What a person reads: how many verdicts changed, then each claim before and after."""
+def report(found: Sequence[Change], weights: Sequence[Retrained] = ()) -> str:
+    """What a person reads: how many verdicts changed, then each claim before and after.
+
+    Args:
+        found: claims.
+        weights: trained again; those whose bits differ are named with their processors.
+    """
     changed = sum(not one.same for one in found)
-    head = f"{changed} of {len(found)} verdicts changed (*)"
-    return "\n".join([head, *map(str, found)])
+    lines = [f"{changed} of {len(found)} verdicts changed (*)", *map(str, found)]
+    if weights:
+        others = [one for one in weights if not one.same]
+        lines.append(f"{len(others)} of {len(weights)} files of weights have other bits (*)")
+        lines += map(str, others)
+    return "\n".join(lines)
 
 
 def _claims(figures: Path) -> list[Mapping[str, Any]]:
     path = figures / "claims.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def _card(folder: Path) -> dict[str, Any]:
+    card: dict[str, Any] = json.loads((folder / "card.json").read_text("utf-8"))
+    return card
 
 
 def _said(claim: Mapping[str, Any] | None) -> str:
