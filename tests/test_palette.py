@@ -8,13 +8,18 @@ from matplotlib.colors import rgb_to_hsv, to_rgb
 from turbo_lab.errors import BadInput
 from turbo_lab.palette import METHODS, colour_of, shades
 from turbo_lab.recipes import trajectory
-from turbo_lab.studies import distribution, warm_start
+from turbo_lab.studies import adversarial, distribution, warm_start
 
 
 def test_every_method_that_is_compared_has_a_colour_of_its_own() -> None:
-    families = (*trajectory.FAMILIES, "dmd2", "pcm", "warm")
+    families = (*trajectory.FAMILIES, "dmd2", "pcm", "warm", "turbo")
     assert len({colour_of(family) for family in families}) == len(families)
-    for family in (*distribution.TITLES, *warm_start.TITLES, *warm_start.STARTS):
+    for family in (
+        *distribution.TITLES,
+        *warm_start.TITLES,
+        *warm_start.STARTS,
+        *adversarial.TITLES,
+    ):
         assert colour_of(family) in METHODS.values()
 
 

@@ -23,6 +23,8 @@ METHODS: Mapping[str, str] = MappingProxyType(
         "pcm": "#62b6ac",
         "warm": "#147a75",
         "warm-start": "#62b6ac",  # it is PCM, stopped early
+        "gan-none": "#147a75",  # more of the same DMD2
+        "turbo": "#6b4423",
     }
 )
 """By family of students. A family that is not here has the colour of the one whose name its own

@@ -14,14 +14,18 @@ from torch import Tensor
 from turbo_lab import charts, figures, measure
 from turbo_lab.charts import COLOURS, Band
 from turbo_lab.figures import ACCENT, INK, SECOND, SOFT, bare, style
+from turbo_lab.palette import colour_of, shades
 from turbo_lab.postcards import render
 from turbo_lab.postcards.captions import GROUNDS
 from turbo_lab.studies import every_metric
 from turbo_lab.studies.adversarial import (
     CONTROL,
+    DIRECT,
+    EIGHT,
     FLOOR,
     GAN,
     LOSSES,
+    START,
     TEACHER,
     TERMS,
     TITLES,
@@ -34,6 +38,12 @@ from turbo_lab.studies.textures import METRICS, TEXTURES
 CROP = 10
 """Pixels of a side of a magnified piece of ground."""
 LOOKED_AT = {"real": "real", **TITLES}
+_LINES = {
+    TEACHER: colour_of(TEACHER),
+    **dict(zip((DIRECT, EIGHT), shades("dmd2", 3)[:2], strict=True)),  # darker with more steps
+    **dict(zip((START, CONTROL), shades("warm", 3)[:2], strict=True)),  # darker with more training
+    GAN: colour_of(GAN),
+}
 
 
 def magnified(comparison: Comparison, *, each: int = 2, seed: int = 0) -> Figure:
@@ -122,12 +132,12 @@ def spectra(rows: pd.DataFrame) -> Figure:
         figure = Figure(figsize=(7.6, 2.9), layout="constrained")
         for axis, ground in zip(figure.subplots(1, len(TEXTURES)), TEXTURES, strict=True):
             axis.axhline(1.0, color=SOFT, lw=1)
-            for k, (family, title) in enumerate(TITLES.items()):
+            for family, title in TITLES.items():
                 of = rows[(rows["ground"] == ground) & (rows["family"] == family)]
-                colour = INK if family == TEACHER else COLOURS[k - 1]
                 axis.plot(
-                    of["frequency"], of["value"], "o-", ms=3, lw=1.2, color=colour, label=title
-                )
+                    of["frequency"], of["value"], "o-", ms=3, lw=1.2, color=_LINES[family],
+                    label=title,
+                )  # fmt: skip
             axis.set(title=ground, xlabel="cycles per pixel", ylim=(0, None))
             axis.set_xticks([k / 8 for k in range(1, 5)])
         figure.axes[0].set_ylabel("power / real")
