@@ -21,7 +21,6 @@ from turbo_lab.studies import every_metric
 from turbo_lab.studies.adversarial import (
     CONTROL,
     DIRECT,
-    EIGHT,
     FLOOR,
     GAN,
     LOSSES,
@@ -38,12 +37,9 @@ from turbo_lab.studies.textures import METRICS, TEXTURES
 CROP = 10
 """Pixels of a side of a magnified piece of ground."""
 LOOKED_AT = {"real": "real", **TITLES}
-_LINES = {
-    TEACHER: colour_of(TEACHER),
-    **dict(zip((DIRECT, EIGHT), shades("dmd2", 3)[:2], strict=True)),  # darker with more steps
-    **dict(zip((START, CONTROL), shades("warm", 3)[:2], strict=True)),  # darker with more training
-    GAN: colour_of(GAN),
-}
+_LINES = {family: colour_of(family) for family in TITLES}
+_LINES |= {family: shades(family, 3)[0] for family in (DIRECT, START)}
+"""Lighter with fewer steps than the other of its method, or less training."""
 
 
 def magnified(comparison: Comparison, *, each: int = 2, seed: int = 0) -> Figure:
