@@ -29,7 +29,7 @@ help:
 	@echo "make bars         recompute every acceptance figure from the shipped artefacts; ONLY=name"
 	@echo "make notebooks    run notebooks/ at quick and store them with fresh outputs; ONLY=01"
 	@echo "make reproduce    train everything again from nothing (hours), and compare the claims"
-	@echo "                  PROFILE=quick|paper  ONLY=02  JOBS=2  KEEP=postcards/teacher"
+	@echo "                  PROFILE=quick|paper  ONLY=02  JOBS=2  KEEP=postcards/teacher  ALONE=1"
 	@echo "make doctor       what this machine has, and what will be slow on it"
 	@echo "make format       let ruff fix and format the code"
 	@echo "make constraints  write the versions of .venv to constraints.txt"
@@ -63,7 +63,7 @@ notebooks: $(READY)
 	@$(TURBO_LAB) refresh $(CHOICE)
 
 reproduce: $(READY)
-	@$(TURBO_LAB) reproduce --profile $(PROFILE) $(CHOICE) $(KEEP:%=--keep %)
+	@$(TURBO_LAB) reproduce --profile $(PROFILE) $(CHOICE) $(KEEP:%=--keep '%') $(if $(ALONE),--alone)
 
 doctor: $(READY)
 	@$(TURBO_LAB) doctor

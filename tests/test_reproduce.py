@@ -110,15 +110,55 @@ def test_what_is_kept_lies_in_the_store_as_it_was_shipped(
     early = resolve(EARLY)
     found: list[Store] = []
     monkeypatch.setattr(runner, "run", notebooks(found))
-    with pytest.raises(BadInput, match="keep='nobody'"):
-        reproduce.reproduce(keep=["nobody"])
-    assert not found  # refused before anything ran
-    reproduce.reproduce(keep=["postcards/progressive"])
+    reproduce.reproduce(kept=reproduce.kept_as_shipped(["postcards/progressive"]))
     assert {entry.name for entry in found[0].entries()} == {"postcards/progressive"}
-    reproduce.reproduce(keep=[early.artefact])
+    reproduce.reproduce(kept=reproduce.kept_as_shipped([early.artefact]))
     kept = found[1].find(early.artefact, early.spec())
     assert kept is not None and kept.path.is_relative_to(checkout)
     assert {entry.name for entry in found[1].entries()} == {"postcards/teacher"}
+
+
+def names(folders: list[Path]) -> set[str]:
+    return {folder.name.rpartition("-")[0] for folder in folders}
+
+
+def test_what_is_kept_is_named_whole_or_by_a_pattern_of_it_or_of_its_key() -> None:
+    teachers = reproduce.kept_as_shipped(["postcards/teacher"])
+    assert len(teachers) == 2 and names(teachers) == {"teacher"}
+    assert reproduce.kept_as_shipped(["postcards/teache?", "postcards/teacher"]) == teachers
+    assert reproduce.kept_as_shipped([f"*/{teachers[1].name}"]) == [teachers[1]]
+    assert names(reproduce.kept_as_shipped(["points/dmd2*"])) == {"dmd2-1", "dmd2-2"}
+    assert reproduce.kept_as_shipped() == []
+    for wrong in ("nobody", "teacher", "postcards/"):  # a part of a name is none
+        with pytest.raises(BadInput, match=f"keep='{wrong}'"):
+            reproduce.kept_as_shipped([wrong])
+
+
+def test_a_notebook_alone_keeps_what_those_before_it_were_made_from(checkout: Path) -> None:
+    (plane,), (tilted,), (dino,) = (
+        reproduce.kept_as_shipped([name])
+        for name in ("points/plane", "points/tilted", "postcards/dino")
+    )
+    for notebook, made_from in (
+        ("01_teacher", [plane]),
+        ("02_blur_in_trajectory_distillation", [plane, tilted]),
+        ("03_dmd2_and_mode_collapse", [dino]),
+    ):
+        folder = checkout / "figures" / notebook
+        folder.mkdir()
+        keys = [one.name.rpartition("-")[2] for one in made_from]
+        (folder / "one.json").write_text(json.dumps({"artefact_keys": [*keys, "0" * 12]}))
+        (folder / "claims.json").write_text(json.dumps([claim("T1", "holds", notebook)]))
+    assert reproduce.kept_as_shipped(alone=True, only=["01"]) == []
+    assert reproduce.kept_as_shipped(alone=True, only=["02"]) == [plane]
+    assert reproduce.kept_as_shipped(alone=True, only=["05", "03"]) == sorted([plane, tilted])
+    assert set(reproduce.kept_as_shipped(["points/base"], alone=True, only=["04"])) > {dino, plane}
+
+
+def test_the_figures_as_they_are_name_what_a_notebook_alone_needs() -> None:
+    kept = reproduce.kept_as_shipped(alone=True, only=["05"])
+    assert {"teacher", "warm", "pcm-six", "dmd2-2"} <= names(kept)
+    assert not {"dino", "turbo", "gan-none", "turbo-six"} & names(kept)
 
 
 def as_trained_again(folder: Path, *, other_bits: bool) -> None:
@@ -140,7 +180,8 @@ def test_weights_trained_again_are_held_against_the_shipped_ones(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "run", notebooks([]))
-    reproduce.reproduce(keep=["points/plane", "points/tilted", "points/base"])
+    kept = reproduce.kept_as_shipped(["points/plane", "points/tilted", "points/base"])
+    reproduce.reproduce(kept=kept)
     assert reproduce.retrained() == []  # copies, with their cards
     points = places.run_dir("reproduce") / "quick" / "store" / "points"
     (plane,), (tilted,) = points.glob("plane-*"), points.glob("tilted-*")
@@ -166,5 +207,6 @@ def test_only_profiles_that_train_are_taken_and_the_variable_is_checked(
 
 
 def test_the_hours_are_those_of_the_cards() -> None:
-    whole, students = reproduce.core_hours(), reproduce.core_hours(["postcards/teacher"])
+    teachers = reproduce.kept_as_shipped(["postcards/teacher"])
+    whole, students = reproduce.core_hours(), reproduce.core_hours(teachers)
     assert 1 < students < whole < 1000

@@ -299,18 +299,22 @@ def reproduce(
     only: OnlyOption = None,
     keep: Annotated[
         list[str] | None,
-        typer.Option(help="A shipped artefact to use and not train again, as postcards/teacher."),
+        typer.Option(help="Shipped artefacts to use and not train again, as postcards/teacher."),
     ] = None,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Keep all that the notebooks before these train.")
+    ] = False,
     jobs: JobsOption = 0,
     device: DeviceOption = "auto",
 ) -> None:
     """Train everything from nothing, run the notebooks on it, and say which claims changed."""
     from turbo_lab import reproduce as again
 
-    hours = again.core_hours(keep or [])
-    typer.echo(f"What is not kept took {hours:.1f} hours of one core; a killed run goes on.")
+    kept = again.kept_as_shipped(keep or [], alone=alone, only=only or [])
+    hours = again.core_hours(kept)
+    typer.echo(f"All that is not kept took {hours:.1f} hours of one core; a killed run goes on.")
     outcomes, found = again.reproduce(
-        profile=profile, only=only or [], keep=keep or [], jobs=jobs, device=device
+        profile=profile, only=only or [], kept=kept, jobs=jobs, device=device
     )
     typer.echo(again.report(found, again.retrained(profile)))
     _conclude(outcomes)

@@ -5,6 +5,8 @@ with an empty store behind which nothing is shipped. A run that was killed goes 
 checkpoints end, and notebooks may be reproduced one by one, in as many sittings, on what those
 before them have trained; one that is asked for again after it has ended begins from nothing. What
 takes longest can be kept as it was shipped: the teachers, so that students alone are trained again.
+And a notebook can be reproduced alone, what the ones before it have trained kept as shipped: when
+each has been, all has been, on whatever machines.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from turbo_lab import places, runner
 from turbo_lab.atomic import atomic_write_text, read_manifest
 from turbo_lab.errors import BadInput
+from turbo_lab.notebook_files import discover
 from turbo_lab.run_one import Outcome
 from turbo_lab.store import CACHE_VARIABLE, SHIPPED_VARIABLE, Store, atomic_folder
 
@@ -70,7 +74,7 @@ def reproduce(
     *,
     profile: str = "quick",
     only: Sequence[str] = (),
-    keep: Sequence[str] = (),
+    kept: Sequence[Path] = (),
     jobs: int = 0,
     device: str = "auto",
 ) -> tuple[list[Outcome], list[Change]]:
@@ -81,7 +85,8 @@ def reproduce(
     Args:
         profile: ``quick`` or ``paper``.
         only: beginnings of notebooks' names; empty for all.
-        keep: names of shipped artefacts that are used and not trained again, ``testbed/recipe``.
+        kept: folders of shipped artefacts that are used and not trained again; see
+            `kept_as_shipped`.
         jobs: notebooks at a time, at least 1; 0 chooses.
         device: of trainings and samples.
 
@@ -89,11 +94,10 @@ def reproduce(
         How each notebook ended, and every claim of theirs beside the committed one.
 
     Raises:
-        BadInput: another profile, a name without a notebook, or nothing of a name to keep.
+        BadInput: another profile, or a name without a notebook.
     """
     if profile not in PROFILES:
         raise BadInput("profile", profile, f"use {' or '.join(PROFILES)}: others train nothing new")
-    kept = list(_shipped(keep))
     folder = places.run_dir("reproduce") / profile
     asked: dict[str, Any] = {
         "profile": profile,
@@ -120,20 +124,60 @@ def reproduce(
     return outcomes, changes(_claims(places.root() / "figures"), _claims(folder / "figures"), names)
 
 
-def _shipped(names: Sequence[str]) -> Iterator[Path]:
-    """Folders of the shipped artefacts of some names."""
-    for name in names:
-        found = [folder for of, folder in _folders() if of == name]
-        if not found:
-            raise BadInput("keep", name, "use what turbo-lab artifacts lists as shipped")
-        yield from found
+def kept_as_shipped(
+    keep: Sequence[str] = (), *, alone: bool = False, only: Sequence[str] = ()
+) -> list[Path]:
+    """Folders of the shipped artefacts that a run uses as they are.
+
+    Args:
+        keep: ``testbed/recipe``, or a pattern of it or of ``testbed/recipe-key``, as
+            ``postcards/dmd2*``.
+        alone: add what the figures of the notebooks before the first of `only` were made from.
+        only: beginnings of notebooks' names; empty for all.
+
+    Raises:
+        BadInput: nothing of such a name is shipped.
+    """
+    folders = dict(_folders())
+    found: set[Path] = set()
+    for pattern in keep:
+        fits = {
+            folder
+            for folder, name in folders.items()
+            if fnmatchcase(name, pattern) or fnmatchcase(_with_key(folder), pattern)
+        }
+        if not fits:
+            raise BadInput("keep", pattern, "use what turbo-lab artifacts lists as shipped")
+        found |= fits
+    if alone:
+        keys = _used_before(only)
+        found |= {folder for folder in folders if folder.name.rpartition("-")[2] in keys}
+    return sorted(found)
 
 
-def _folders() -> Iterator[tuple[str, Path]]:
-    """Name and folder of all that is shipped."""
+def _with_key(folder: Path) -> str:
+    return f"{folder.parent.name}/{folder.name}"
+
+
+def _used_before(only: Sequence[str]) -> set[str]:
+    """Keys of what the figures of every notebook before the first chosen one were made from."""
+    notebooks = [one.name for one in discover(places.notebook_dir())]
+    first = discover(places.notebook_dir(), only)[0].name
+    figures = places.root() / "figures"
+    keys: set[str] = set()
+    for name in notebooks[: notebooks.index(first)]:
+        for path in (figures / name).glob("*.json"):
+            figure = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(figure, dict):  # and not the list of the notebook's claims
+                keys.update(figure.get("artefact_keys", ()))
+    return keys
+
+
+def _folders() -> Iterator[tuple[Path, str]]:
+    """Folder and name of all that is shipped."""
     for root in Store.default().shipped:
         for entry in Store(cache=root).entries():
-            yield entry.name, root / f"{entry.name}-{entry.key}"
+            yield root / f"{entry.name}-{entry.key}", entry.name
 
 
 def changes(
@@ -163,7 +207,7 @@ def retrained(profile: str = "quick") -> list[Retrained]:
         profile: of those runs.
     """
     again = places.run_dir("reproduce") / profile / "store"
-    pairs = ((old, again / old.parent.name / old.name) for _, old in _folders())
+    pairs = ((old, again / old.parent.name / old.name) for old, _ in _folders())
     return [found for old, new in pairs if new.is_dir() for found in _weights(old, new)]
 
 
@@ -177,7 +221,7 @@ def _weights(old: Path, new: Path) -> Iterator[Retrained]:
     for file in sorted(digests.keys() & others.keys()):
         if file.endswith(".safetensors"):
             yield Retrained(
-                artefact=f"{old.parent.name}/{old.name}",
+                artefact=_with_key(old),
                 file=file,
                 same=digests[file] == others[file],
                 before=before,
@@ -185,17 +229,13 @@ def _weights(old: Path, new: Path) -> Iterator[Retrained]:
             )
 
 
-def core_hours(keep: Sequence[str] = ()) -> float:
-    """Hours of one core that the shipped trainings took, less what is kept: the least of a run.
+def core_hours(kept: Sequence[Path] = ()) -> float:
+    """Hours of one core that the shipped trainings took, less what is kept.
 
     Args:
-        keep: names of artefacts, ``testbed/recipe``.
-
-    Raises:
-        BadInput: nothing of such a name is shipped.
+        kept: folders of shipped artefacts.
     """
-    kept = set(_shipped(keep))
-    left = (folder for _, folder in _folders() if folder not in kept)
+    left = (folder for folder, _ in _folders() if folder not in kept)
     return sum(_card(folder)["seconds"] for folder in left) / 3600
 
 
