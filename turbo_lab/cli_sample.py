@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from turbo_lab.cli_options import DeviceOption, SeedOption, check_profile_and_seed, only_for
 from turbo_lab.errors import BadInput
-
-SeedOption = Annotated[int, typer.Option(help="Base seed, at least 0.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
 def sample(
@@ -124,26 +121,3 @@ def sample(
     )
     pictures.sample_images(order, out, device=device)
     typer.echo(str(out))
-
-
-def only_for(testbed: str, chosen: str, options: Mapping[str, Any]) -> None:
-    """Refuse options of a testbed that was not chosen."""
-    for option, value in options.items():
-        if given(value):
-            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            raise BadInput(option, shown, f"it is for {testbed}, not for {chosen}")
-
-
-def given(value: object) -> bool:
-    """Whether an option was given: 0 is a value like others, to be checked and not passed over."""
-    return value is not None and value is not False and value not in ("", [], ())
-
-
-def check_profile_and_seed(profile: str, seed: int) -> None:
-    """Refuse a profile that there is not, and a seed below 0."""
-    from turbo_lab.notebook_params import PROFILES
-
-    if profile not in PROFILES:
-        raise BadInput("profile", profile, "use one of " + ", ".join(map(repr, PROFILES)))
-    if seed < 0:
-        raise BadInput("seed", seed, "use an integer of at least 0")
