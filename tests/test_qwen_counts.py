@@ -12,9 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from turbo_lab.errors import BadInput
 from turbo_lab.qwen_counts import (
-    Model,
-    TransformerSize,
-    VaeSize,
     Work,
     convolutions,
     counted,
@@ -23,6 +20,7 @@ from turbo_lab.qwen_counts import (
     text_counts,
     transformer_counts,
 )
+from turbo_lab.qwen_sizes import Model, TransformerSize, VaeSize
 from turbo_lab.testbeds.qwen_files import located
 from turbo_lab.vae_decode import collapsed_net
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from turbo_lab.cli import app
 from turbo_lab.errors import BadInput
-from turbo_lab.qwen_counts import LINEARS, Model, Work, counted
+from turbo_lab.qwen_counts import LINEARS, Work, counted
 from turbo_lab.qwen_plan import (
     DEVICES,
     ENCODER,
@@ -24,6 +24,7 @@ from turbo_lab.qwen_plan import (
     parsed_size,
     ways,
 )
+from turbo_lab.qwen_sizes import Model
 
 WORK = Work(height=2048, width=2048, batch=4, steps=2)
 H100 = next(device for device in DEVICES if device.name == "H100")

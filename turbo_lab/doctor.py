@@ -68,10 +68,11 @@ def qwen_plan(size: str, *, batch: int = 4, steps: int = 2) -> list[str]:
         BadInput: a number is not allowed.
     """
     from turbo_lab import qwen_counts, qwen_plan
+    from turbo_lab.qwen_sizes import Model
 
     width, height = qwen_plan.parsed_size(size)
     work = qwen_counts.Work(height=height, width=width, batch=batch, steps=steps)
-    counts = qwen_counts.table(qwen_counts.counted(qwen_counts.Model(), work))
+    counts = qwen_counts.table(qwen_counts.counted(Model(), work))
     shown = {
         f"{batch} pictures of {width} x {height}, {steps} steps, no guidance": counts,
         "memory, one picture at a time": qwen_plan.need_table(work),

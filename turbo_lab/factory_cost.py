@@ -13,8 +13,9 @@ from types import MappingProxyType
 
 from turbo_lab.errors import BadInput
 from turbo_lab.factory_plan import pairs_of
-from turbo_lab.qwen_counts import Model, Work, decode_counts, pass_flops
+from turbo_lab.qwen_counts import Work, decode_counts, pass_flops
 from turbo_lab.qwen_plan import Device
+from turbo_lab.qwen_sizes import Model
 from turbo_lab.recipes.models import Pairs
 from turbo_lab.recipes.qwen_models import QwenGan, QwenRecipe, QwenStage
 from turbo_lab.testbeds.qwen_files import SCALE

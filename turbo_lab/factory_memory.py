@@ -15,9 +15,9 @@ from turbo_lab.errors import MissingPiece
 from turbo_lab.factory_cost import costs, lines
 from turbo_lab.factory_plan import Asked, Job, found, gans, has_before, looks_at_pictures, rivals
 from turbo_lab.memory import gigabytes
-from turbo_lab.qwen_counts import Model, TransformerSize, VaeSize
 from turbo_lab.qwen_gan import critic_bytes
 from turbo_lab.qwen_plan import ENCODER, VAE, device_named
+from turbo_lab.qwen_sizes import Model, TransformerSize, VaeSize
 from turbo_lab.recipes.qwen_models import QwenRecipe
 from turbo_lab.testbeds.qwen_files import DEFAULT_MODEL, check_weights, dtype_on, located
 from turbo_lab.testbeds.qwen_sizes import Counts, adapter_parameters, counted_parameters
@@ -25,7 +25,7 @@ from turbo_lab.testbeds.qwen_sizes import Counts, adapter_parameters, counted_pa
 RANKS = (64, 32, 16, 8, 4)
 """Ranks that are suggested where memory is short."""
 PUBLISHED_SIZES = ("Qwen/Qwen-Image", DEFAULT_MODEL)
-"""Models whose sizes are the defaults of `turbo_lab.qwen_counts.Model`."""
+"""Models whose sizes are the defaults of `turbo_lab.qwen_sizes.Model`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from turbo_lab.errors import BadInput
-from turbo_lab.qwen_counts import LINEARS, Count, Model, Work, counted
+from turbo_lab.qwen_counts import LINEARS, Count, Work, counted
+from turbo_lab.qwen_sizes import Model
 from turbo_lab.testbeds.qwen_files import SCALE
 from turbo_lab.vae_decode import Tiles, bytes_per_latent, fitting
 

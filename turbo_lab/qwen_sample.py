@@ -21,7 +21,6 @@ from turbo_lab.errors import MissingPiece
 from turbo_lab.field import Field, frozen, guided
 from turbo_lab.memory import free_memory, gigabytes
 from turbo_lab.progress import progress
-from turbo_lab.qwen_counts import Model
 from turbo_lab.qwen_fast import (
     ByLength,
     Weighted,
@@ -37,6 +36,7 @@ from turbo_lab.qwen_fast import (
 )
 from turbo_lab.qwen_order import Order
 from turbo_lab.qwen_plan import Precision, activation_bytes
+from turbo_lab.qwen_sizes import Model
 from turbo_lab.sample import draw_samples
 from turbo_lab.store import Store
 from turbo_lab.streams import noise

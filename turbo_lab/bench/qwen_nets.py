@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from turbo_lab.adapters import QWEN_LINEARS, AdapterSize
-from turbo_lab.qwen_counts import Model
 from turbo_lab.qwen_fast import Weighted
+from turbo_lab.qwen_sizes import Model
 from turbo_lab.testbeds.qwen_data import Prompts, Rows
 
 

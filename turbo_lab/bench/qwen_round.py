@@ -26,8 +26,9 @@ from turbo_lab.factory import Bench
 from turbo_lab.features import RANDOM
 from turbo_lab.fit import Batch, Shadow, fit
 from turbo_lab.gan_pieces import GanPieces
-from turbo_lab.qwen_counts import Model, Work, pass_flops
+from turbo_lab.qwen_counts import Work, pass_flops
 from turbo_lab.qwen_gan import opened_eye, qwen_gan_pieces
+from turbo_lab.qwen_sizes import Model
 from turbo_lab.recipes.qwen_image import PASS_TOKENS, QwenGan, QwenStage, resolve_qwen
 from turbo_lab.schedules import BASE
 from turbo_lab.streams import Draw

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from turbo_lab.claims import Claim, Interval, Side, paired_difference
 from turbo_lab.progress import library_bars
-from turbo_lab.qwen_counts import Model, Work, decode_counts
+from turbo_lab.qwen_counts import Work, decode_counts
 from turbo_lab.qwen_order import Order
 from turbo_lab.qwen_sample import opened
+from turbo_lab.qwen_sizes import Model
 from turbo_lab.qwen_workshop import Workshop, workshop
 from turbo_lab.schedules import (
     PUBLISHED,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 
-from turbo_lab.qwen_counts import Model, Work, decode_counts, text_counts, transformer_counts
+from turbo_lab.qwen_counts import Work, decode_counts, text_counts, transformer_counts
 from turbo_lab.qwen_plan import ENCODER, VAE
+from turbo_lab.qwen_sizes import Model
 
 SIZES = (1024, 2048)
 """Pixels of the squares whose FLOP the table shows."""

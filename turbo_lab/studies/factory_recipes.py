@@ -9,7 +9,7 @@ import pandas as pd
 
 from turbo_lab.factory_memory import planned, published_counts
 from turbo_lab.factory_plan import gans
-from turbo_lab.qwen_counts import Model
+from turbo_lab.qwen_sizes import Model
 from turbo_lab.recipes.models import Profile
 from turbo_lab.recipes.qwen_image import (
     QWEN_RECIPES,

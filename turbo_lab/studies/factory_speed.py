@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 
 from turbo_lab import places
 from turbo_lab.figures import ACCENT, INK, SECOND, SOFT, THIRD, style
-from turbo_lab.qwen_counts import LINEARS, Model, Work, counted
+from turbo_lab.qwen_counts import LINEARS, Work, counted
 from turbo_lab.qwen_plan import DEVICES, Device, need_table, said
+from turbo_lab.qwen_sizes import Model
 
 PARTS = {
     "text": ("text encoder", SOFT),
