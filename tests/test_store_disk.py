@@ -255,3 +255,31 @@ def test_provenance_is_plain_and_the_same_twice() -> None:
     assert found["versions"]["python"].startswith("3.")
     assert found["versions"]["turbo-lab"]
     assert found["machine"]["threads"] >= 1
+
+
+def test_provenance_tells_processors_of_one_name_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "cpuinfo"
+    both = "".join(
+        f"processor\t: {k}\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\n"
+        for k in range(2)
+    )
+    info.write_text(both)
+    monkeypatch.setattr(provenance, "_CPUINFO", info)
+    assert provenance.machine()["cpu"] == "AMD EPYC, family 25 model 17"
+    info.write_text("processor\t: 0\nCPU part\t: 0xd0c\n")  # of an ARM, which says no name
+    elsewhere = provenance.machine()["cpu"]
+    monkeypatch.setattr(provenance, "_CPUINFO", tmp_path / "none")
+    assert elsewhere == provenance.machine()["cpu"] != ""
+
+
+def test_provenance_says_what_torch_uses_of_the_processor_and_never_loads_it() -> None:
+    code = (
+        "import sys, turbo_lab.provenance as p; print(p.machine()['isa'], 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["None", "False"]
+    import torch
+
+    assert provenance.machine()["isa"] == torch.backends.cpu.get_cpu_capability()

@@ -14,6 +14,7 @@ from typing import Any
 import turbo_lab
 
 _PACKAGES = ("turbo-lab", "torch", "diffusers", "peft", "numpy", "safetensors")
+_CPUINFO = Path("/proc/cpuinfo")
 
 
 def provenance() -> dict[str, Any]:
@@ -40,13 +41,19 @@ def git_state(folder: Path) -> tuple[str | None, bool | None]:
 
 
 def machine() -> dict[str, Any]:
-    """Return platform, processor, threads in use and the GPU, if torch is loaded and sees one."""
+    """Return platform, processor, its instructions, threads in use and the GPU.
+
+    The last digits of a training depend on the processor, and some of other generations bear one
+    name: so there are its family and model, and what torch uses of it (``isa``, as AVX2). That and
+    the GPU are None where torch is not loaded.
+    """
     torch = sys.modules.get("torch")  # never the reason for importing it
     threads = torch.get_num_threads() if torch else os.environ.get("OMP_NUM_THREADS")
     gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
     return {
         "platform": platform.platform(),
         "cpu": _cpu(),
+        "isa": torch.backends.cpu.get_cpu_capability() if torch else None,
         "threads": int(threads or os.cpu_count() or 1),
         "gpu": gpu,
     }
@@ -64,10 +71,10 @@ def _version(name: str) -> str | None:
 
 
 def _cpu() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+    with suppress(OSError, KeyError):
+        lines = (line.partition(":") for line in _CPUINFO.read_text().splitlines())
+        said = {key.strip(): value.strip() for key, _, value in lines}
+        return f"{said['model name']}, family {said['cpu family']} model {said['model']}"
     return platform.processor() or platform.machine()
 
 

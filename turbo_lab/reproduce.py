@@ -216,7 +216,7 @@ def _weights(old: Path, new: Path) -> Iterator[Retrained]:
     cards = [_card(folder) for folder in (old, new)]
     if cards[0] == cards[1]:
         return
-    before, after = (card["machine"]["cpu"] for card in cards)
+    before, after = (_processor(card["machine"]) for card in cards)
     digests, others = read_manifest(old), read_manifest(new)
     for file in sorted(digests.keys() & others.keys()):
         if file.endswith(".safetensors"):
@@ -263,6 +263,11 @@ def _claims(figures: Path) -> list[Mapping[str, Any]]:
 def _card(folder: Path) -> dict[str, Any]:
     card: dict[str, Any] = json.loads((folder / "card.json").read_text("utf-8"))
     return card
+
+
+def _processor(machine: Mapping[str, Any]) -> str:
+    """Name and instructions; cards from before 2026-11-30 have the name alone."""
+    return ", ".join(filter(None, (machine["cpu"], machine.get("isa"))))
 
 
 def _said(claim: Mapping[str, Any] | None) -> str:
