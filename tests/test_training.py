@@ -175,9 +175,11 @@ def test_shipped_artefacts_replay_with_todays_code(
     assert artefact is not None, f"{name} is not shipped, or its recipe changed since"
     then, now = training.recorded(artefact), training.replay(recipe, artefact, store)
     # What a half starts from may not be shipped, but one of the two always is.
-    # The first steps repeat to rounding; from trained weights, rounding has more to grow on.
+    # The first steps repeat to rounding; from trained weights, rounding has more to grow on, and
+    # of what consistency has left to learn bfloat16 is a part: on another processor 4 percent.
+    half = recipe.stages[-1].precision == "bf16" and recipe.stages[-1].method == "consistency"
     assert now.first == pytest.approx(then.first[: len(now.first)], rel=2e-3)
-    assert now.last == pytest.approx(then.last[: len(now.last)], rel=1e-2)
+    assert now.last == pytest.approx(then.last[: len(now.last)], rel=1e-1 if half else 1e-2)
     assert max(len(now.first), len(now.last)) == steps
 
 
