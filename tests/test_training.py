@@ -177,9 +177,9 @@ def test_shipped_artefacts_replay_with_todays_code(
     # What a half starts from may not be shipped, but one of the two always is.
     # The first steps repeat to rounding; from trained weights, rounding has more to grow on, and
     # of what consistency has left to learn bfloat16 is a part: on another processor 4 percent.
-    half = recipe.stages[-1].precision == "bf16" and recipe.stages[-1].method == "consistency"
+    coarse = recipe.stages[-1].precision == "bf16" and recipe.stages[-1].method == "consistency"
     assert now.first == pytest.approx(then.first[: len(now.first)], rel=2e-3)
-    assert now.last == pytest.approx(then.last[: len(now.last)], rel=1e-1 if half else 1e-2)
+    assert now.last == pytest.approx(then.last[: len(now.last)], rel=6e-2 if coarse else 1e-2)
     assert max(len(now.first), len(now.last)) == steps
 
 

@@ -60,7 +60,7 @@ def test_pictures_are_those_of_the_stock_decoder(
     assert theirs.std() > 0.02  # not a constant picture
     # Kernels add in another order: with channels last, on another processor, with more threads.
     ours = picture_decoder(vae, at_once=2, channels_last=channels_last)(x)
-    close(ours, theirs, atol=4e-5)
+    close(ours, theirs, atol=4e-5 if channels_last else 2e-5)
 
 
 def test_it_is_exact_as_far_as_diffusers_is(vae: Any) -> None:

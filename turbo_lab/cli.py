@@ -227,7 +227,9 @@ def reproduce(
 
     kept = again.kept_as_shipped(keep or [], alone=alone, only=only or [])
     hours = again.core_hours(kept)
-    typer.echo(f"All that is not kept took {hours:.1f} hours of one core; a killed run goes on.")
+    typer.echo(
+        f"What is not kept took {hours:.1f} hours of one core or more; a killed run goes on."
+    )
     outcomes, found = again.reproduce(
         profile=profile, only=only or [], kept=kept, jobs=jobs, device=device
     )

@@ -230,7 +230,9 @@ def _weights(old: Path, new: Path) -> Iterator[Retrained]:
 
 
 def core_hours(kept: Sequence[Path] = ()) -> float:
-    """Hours of one core that the shipped trainings took, less what is kept.
+    """Hours of one core that the shipped trainings took, of all notebooks, less what is kept.
+
+    Cards know the last sitting alone: a training that was broken off took longer.
 
     Args:
         kept: folders of shipped artefacts.
