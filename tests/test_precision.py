@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention as attention
 
-from turbo_lab import recipes
+from turbo_lab import precision, recipes
 from turbo_lab.methods.flow import FlowMatching
 from turbo_lab.precision import InBfloat16, bfloat16
 from turbo_lab.recipes import Stage
@@ -79,3 +80,54 @@ def test_a_stage_says_so_and_another_precision_is_another_artefact(tmp_path: Pat
     first, second = trained(plain, store=store), trained(recipe, store=store)
     assert first.key != second.key
     assert replay(recipe, second, store).first != replay(plain, first, store).first
+
+
+CALLS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "linear": lambda x, w, b: functional.linear(x, w, b),
+    "linear by name": lambda x, w, b: functional.linear(input=x, weight=w, bias=b),
+    "matmul": lambda x, w, b: x @ w.T + b.bfloat16(),
+    "addmm": lambda x, w, b: torch.addmm(b, x, w.T),
+    "bmm": lambda x, w, b: torch.bmm(x[None], w.T[None])[0] + b.bfloat16(),
+    "conv": lambda x, w, b: functional.conv1d(x.T[None], w[:, :, None], b)[0].T,
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_rounded_factors_in_float32_are_bfloat16(
+    call: Callable[[Tensor, Tensor, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward, against torch's own loops or instructions."""
+    found = []
+    for instructions in (True, False):
+        monkeypatch.setattr(precision, "has_instructions", lambda own=instructions: own)
+        generator = torch.Generator().manual_seed(0)
+        x, w, b = (
+            torch.randn(shape, generator=generator).requires_grad_()
+            for shape in ((24, 64), (16, 64), (16,))
+        )
+        with bfloat16(CPU):
+            y = call(x, w, b)
+        assert y.dtype == torch.bfloat16
+        y.float().square().mean().backward()
+        found.append([y.detach(), *(one.grad for one in (x, w, b) if one.grad is not None)])
+        assert [one.dtype for one in found[-1][1:]] == 3 * [torch.float32]
+    for own, ours in zip(*found, strict=True):
+        # Sums in another order may round to the neighbour, which is 2**-8 away.
+        assert torch.allclose(own, ours, rtol=2**-7, atol=2**-8 * float(own.abs().max()))
+
+
+def test_factors_are_rounded_before_they_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "has_instructions", lambda: False)
+    x, w = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
+    with bfloat16(CPU):
+        y = x @ w
+    rounded = (x.bfloat16().double() @ w.bfloat16().double()).bfloat16()
+    assert float((y == rounded).double().mean()) > 0.99  # but where a sum is next to a tie
+    assert float((y == (x @ w).bfloat16()).double().mean()) < 0.9
+
+
+def test_doubles_are_left_as_autocast_leaves_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "has_instructions", lambda: False)
+    x, w = torch.randn(2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with bfloat16(CPU):
+        assert torch.equal(x @ w, functional.linear(x, w.T)) and (x @ w).dtype == torch.float64
