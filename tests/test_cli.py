@@ -202,6 +202,15 @@ def test_doctor_works_offline(empty: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "out of reach" in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize(("capability", "noted"), [("AVX2", True), ("AVX512", False)])
+def test_doctor_says_where_bfloat16_is_not_fast(
+    capability: str, noted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    (found,) = doctor._processor()
+    assert capability in found.value and ("bfloat16" in found.note) == noted
+
+
 def test_doctor_names_a_cache_that_cannot_be_written(
     empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turbo_lab import __version__, places
+from turbo_lab.provenance import machine
 from turbo_lab.run_one import cores
 from turbo_lab.store import Store
 
@@ -47,6 +48,7 @@ def findings() -> list[Finding]:
         _versions,
         _imports,
         _processor,
+        _cores,
         _memory,
         _gpu,
         _folders,
@@ -128,6 +130,14 @@ def _imports() -> list[Finding]:
 
 
 def _processor() -> list[Finding]:
+    from turbo_lab.precision import has_instructions  # and torch, which `machine` asks
+
+    known = machine()
+    note = "" if has_instructions() else "recipes in bfloat16 train no faster than in float32"
+    return [Finding(name="processor", value=f"{known['cpu']}, {known['isa']}", note=note)]
+
+
+def _cores() -> list[Finding]:
     count = cores()
     note = "one core: the quick profile takes about twice its minutes" if count < 2 else ""
     threads = os.environ.get("OMP_NUM_THREADS")
