@@ -169,7 +169,7 @@ def doctor(
     batch: Annotated[int | None, typer.Option(help="qwen_image: pictures, 4.")] = None,
     steps: Annotated[int | None, typer.Option(help="qwen_image: network steps, 2.")] = None,
 ) -> None:
-    """Examine this machine: versions, threads, GPU, memory, folders, hub, what will be slow."""
+    """Examine this machine: versions, processor, GPU, memory, folders, hub, what will be slow."""
     from rich.console import Console
     from rich.table import Table
 
