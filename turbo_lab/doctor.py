@@ -1,4 +1,4 @@
-"""What this machine can do: versions, processor, GPU, memory, folders, network, what will be slow."""
+"""What this machine can do: versions, processor, GPU, memory, folders, hub, what will be slow."""
 
 from __future__ import annotations
 
