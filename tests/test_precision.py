@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention as attention
+from torch.overrides import TorchFunctionMode
 
 from turbo_lab import precision, recipes
 from turbo_lab.methods.flow import FlowMatching
@@ -116,14 +118,38 @@ def test_rounded_factors_in_float32_are_bfloat16(
         assert torch.allclose(own, ours, rtol=2**-7, atol=2**-8 * float(own.abs().max()))
 
 
-def test_factors_are_rounded_before_they_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "has_instructions", lambda: False)
-    x, w = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
-    with bfloat16(CPU):
-        y = x @ w
-    rounded = (x.bfloat16().double() @ w.bfloat16().double()).bfloat16()
-    assert float((y == rounded).double().mean()) > 0.99  # but where a sum is next to a tie
-    assert float((y == (x @ w).bfloat16()).double().mean()) < 0.9
+class Products(TorchFunctionMode):
+    """Keeps the tensors that are multiplied by what it is entered before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factors: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        named = kwargs or {}
+        if func in precision.PRODUCTS:
+            self.factors += [x for x in (*args, *named.values()) if isinstance(x, Tensor)]
+        return func(*args, **named)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+@pytest.mark.parametrize("instructions", [True, False])
+def test_without_instructions_what_is_multiplied_is_rounded_and_in_float32(
+    call: Callable[[Tensor, Tensor, Tensor], Tensor],
+    instructions: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(precision, "has_instructions", lambda: instructions)
+    generator = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(shape, generator=generator) for shape in ((24, 64), (16, 64), (16,)))
+    with Products() as heard, bfloat16(CPU):
+        call(x, w, b)
+    assert len(heard.factors) >= 2
+    assert all(one.dtype == torch.float32 for one in heard.factors)  # autocast acts below
+    rounded = [torch.equal(one, one.bfloat16().float()) for one in heard.factors]
+    assert not any(rounded) if instructions else all(rounded)
 
 
 def test_doubles_are_left_as_autocast_leaves_them(monkeypatch: pytest.MonkeyPatch) -> None:
