@@ -87,10 +87,12 @@ def test_a_stage_says_so_and_another_precision_is_another_artefact(tmp_path: Pat
 CALLS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "linear": lambda x, w, b: functional.linear(x, w, b),
     "linear by name": lambda x, w, b: functional.linear(input=x, weight=w, bias=b),
-    "matmul": lambda x, w, b: x @ w.T + b.bfloat16(),
-    "addmm": lambda x, w, b: torch.addmm(b, x, w.T),
-    "bmm": lambda x, w, b: torch.bmm(x[None], w.T[None])[0] + b.bfloat16(),
-    "conv": lambda x, w, b: functional.conv1d(x.T[None], w[:, :, None], b)[0].T,
+    "@": lambda x, w, b: x @ w.T + b.bfloat16(),
+    "torch.matmul": lambda x, w, b: torch.matmul(x, w.T) + b.bfloat16(),
+    "Tensor.matmul": lambda x, w, b: x.matmul(w.T) + b.bfloat16(),
+    "conv": lambda x, w, b: functional.conv2d(x[:, :, None, None], w[:, :, None, None], b).flatten(
+        1
+    ),
 }
 
 

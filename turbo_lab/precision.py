@@ -17,15 +17,14 @@ from turbo_lab.streams import Draw
 
 Loss = Callable[[Batch, Draw], Terms]
 
-
 PRODUCTS = frozenset(
     {
-        *(functional.linear, functional.conv1d, functional.conv2d, functional.conv3d),
-        *(torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm),
-        *(torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm, torch.Tensor.bmm),
+        *(functional.linear, functional.conv2d),
+        *(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__),
     }
 )
-"""What `bfloat16` itself computes on a processor that has no instructions for it."""
+"""What the miniature's networks and losses multiply by, and `bfloat16` itself computes on a
+processor that has no instructions for it."""
 
 
 def has_instructions() -> bool:
