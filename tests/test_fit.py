@@ -315,6 +315,36 @@ def test_a_polite_stop_writes_a_checkpoint_first(tmp_path: Path) -> None:
     assert stopped.value.code == 128 + signal.SIGTERM
 
 
+def test_a_stop_while_the_last_record_is_looked_at_counts(tmp_path: Path) -> None:
+    saving = Saving(checkpoints=Checkpoints(folder=tmp_path))
+    with pytest.raises(KeyboardInterrupt, match="Stopped at step 6"):
+        for record in run(net(), 6, saving=saving):
+            if record.step == 6:
+                os.kill(os.getpid(), signal.SIGINT)
+    newest = Checkpoints(folder=tmp_path).latest()
+    assert newest is not None and newest[0] == 6
+
+
+def test_a_second_stop_does_not_wait_and_an_echo_of_the_first_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As Python's own, also where a shell started these tests with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        records = run(net(), 6)  # kept, as by the traceback of an error in a notebook
+        next(records)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # nothing is raised here: a launcher's echo
+        monkeypatch.setattr("turbo_lab.fit.PATIENCE", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)  # in vain
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        records.close()
+        signal.signal(signal.SIGINT, before)
+
+
 def test_flow_matching_finds_the_gaussian_it_was_shown() -> None:
     student = GaussianField(mean=0.0, std=2.0)
     method = FlowMatching(student=student)

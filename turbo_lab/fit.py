@@ -27,6 +27,9 @@ from turbo_lab.optimisers import Optimiser
 from turbo_lab.ranks import ALONE, Ranks
 from turbo_lab.streams import Draw
 
+PATIENCE = 3.0
+"""Seconds in which a second SIGINT or SIGTERM is the first one's echo: launchers pass it on too."""
+
 Terms = Mapping[str, Tensor]
 """Named, already weighted loss terms, each per sample ``[B]``. A term without a gradient moves
 nothing: it is there to be watched."""
@@ -221,10 +224,14 @@ def fit(
     Raises:
         BadInput: a number is out of range, or a moving player has no optimiser.
         NonFinite: a loss or gradient is not finite; names step, term and last good checkpoint.
-        KeyboardInterrupt, SystemExit: on SIGINT or SIGTERM, after a checkpoint was written.
+        KeyboardInterrupt, SystemExit: on SIGINT or SIGTERM, after a checkpoint was written (a
+            second signal, `PATIENCE` seconds later, does not wait for it).
     """
     turns = objective.turns()
     _check(turns, objective, steps, batch_size, optimisers, micro_batches)
+    for shadow in shadows:
+        if shadow.of not in objective.players:
+            raise BadInput("shadows", shadow.of, f"the players are {', '.join(objective.players)}")
     ranks.check(batch_size)
     run = _Run(
         players=objective.players,
@@ -255,9 +262,10 @@ def fit(
                 saving.checkpoints.save(run.step, run.tensors(), {"steps": steps, "seed": seed})
                 saved_step, saved_at = run.step, time.monotonic()
             if stopped:
-                number = signalled[0] if signalled else signal.SIGTERM
-                _leave(number, run.step, saving is not None)
+                _leave(signalled, run.step, saving is not None)
             yield Record(step=run.step, terms=terms, norms=norms, seconds=now - began)
+        if ranks.any(bool(signalled)):  # while the last record was looked at
+            _leave(signalled, run.step, saving is not None)
 
 
 def _round(
@@ -342,24 +350,39 @@ def _check(
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM until the step is over (main thread only)."""
+    """Collect SIGINT and SIGTERM until the step is over (main thread only).
+
+    A second one, `PATIENCE` seconds after the first or later, does not wait. It also gets those out
+    who left a loop over `fit` by an error whose traceback is kept, as a notebook's is: that keeps
+    the generator, and with it the handlers.
+    """
     got: list[int] = []
+    first = 0.0
     if threading.current_thread() is not threading.main_thread():
         yield got
         return
 
+    def restore() -> None:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
     def note(number: int, _: FrameType | None) -> None:
+        nonlocal first
+        if got and time.monotonic() - first >= PATIENCE:
+            restore()
+            signal.raise_signal(number)
+        first = first if got else time.monotonic()
         got.append(number)
 
     old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield got
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        restore()
 
 
-def _leave(number: int, step: int, saved: bool) -> None:
+def _leave(signalled: Sequence[int], step: int, saved: bool) -> None:
+    number = signalled[0] if signalled else signal.SIGTERM  # another process's
     kept = "a checkpoint was written; run again to continue" if saved else "nothing was saved"
     if number == signal.SIGINT:
         raise KeyboardInterrupt(f"Stopped at step {step}: {kept}.")
