@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from small_lab import small, small_lab, small_student
 
 from turbo_lab import bars, lab, progress
 from turbo_lab.acceptance import Bar
+from turbo_lab.atomic import save_tensors
 from turbo_lab.claims import Interval
 from turbo_lab.errors import BadInput, MissingPiece
 from turbo_lab.lab import Lab
@@ -18,6 +21,7 @@ from turbo_lab.path import time_grid
 from turbo_lab.postcards import draw_scenes, render
 from turbo_lab.quality import RATES, TITLES, Yardstick
 from turbo_lab.recipes import EARLY, resolve
+from turbo_lab.recipes.trajectory import progressive
 from turbo_lab.sampling import Sampling, checked_sampling
 from turbo_lab.store import Artefact, Store
 from turbo_lab.testbeds.postcards import NetSize, Postcards, spawn_net
@@ -29,11 +33,20 @@ TINY = NetSize(layers=1, heads=1, head_width=16, text_width=16)
 def bench(tmp_path: Path) -> Lab:
     return Lab(
         recipe=resolve("teacher"),
-        artefact=Artefact(path=tmp_path, key="0" * 12, name="postcards/teacher", spec={}),
+        artefact=kept(Store(cache=tmp_path), 0),
         testbed=Postcards(net=spawn_net(TINY, 0).eval()),
         store=Store(cache=tmp_path),
         device="cpu",
     )
+
+
+def kept(store: Store, seed: int) -> Artefact:
+    """Weights of a tiny net under one key, whatever the seed: made again each time."""
+
+    def make(folder: Path) -> None:
+        save_tensors(folder, "weights.safetensors", spawn_net(TINY, seed).state_dict())
+
+    return store.get_or_make("postcards/teacher", {"name": "tiny"}, make, fresh=True)
 
 
 def test_samples_are_drawn_once_and_counted(bench: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,6 +60,69 @@ def test_samples_are_drawn_once_and_counted(bench: Lab, monkeypatch: pytest.Monk
     assert torch.equal(first.images, again.images) and first.key == again.key
     with pytest.raises(pytest.fail.Exception, match="drawn twice"):
         bench.samples(Sampling(steps=3, n=2, seed=1))
+
+
+def test_samples_of_a_network_trained_again_are_drawn_again(bench: Lab) -> None:
+    sampling = Sampling(steps=2, n=2)
+    first = bench.samples(sampling)
+    again = kept(bench.store, 1)
+    assert again.key == bench.artefact.key
+    other = Postcards(net=spawn_net(TINY, 1).eval())
+    second = replace(bench, artefact=again, testbed=other).samples(sampling)
+    assert not torch.equal(first.images, second.images)
+    same = replace(bench, artefact=kept(bench.store, 0)).samples(sampling)
+    assert same.key == first.key and torch.equal(same.images, first.images)
+
+
+def test_a_student_trained_again_is_worn_anew(tmp_path: Path) -> None:
+    small_bench = small_lab(tmp_path)
+    recipe = small_student(small_bench, "dmd2", steps=2, profile="smoke", seed=0)
+    before = small_bench.worn(recipe, small_bench.trained(recipe), family="dmd2", steps=2)
+
+    def shifted(folder: Path) -> None:
+        weights = {k: v + 1 for k, v in before.artefact.tensors().items()}
+        save_tensors(folder, "weights.safetensors", weights)
+
+    artefact = small_bench.store.get_or_make(recipe.artefact, recipe.spec(), shifted, fresh=True)
+    after = small_bench.worn(recipe, artefact, family="dmd2", steps=2)
+    assert after.artefact.key == before.artefact.key
+    one, two = (small_bench.samples(s.sampling(n=2), "", s).images for s in (before, after))
+    assert not torch.equal(one, two)
+
+
+def test_a_shipped_student_on_a_teacher_trained_again_gives_a_warning(tmp_path: Path) -> None:
+    first = small_lab(tmp_path / "shipped")
+    recipe = small_student(first, "dmd2", steps=2, profile="smoke", seed=0)
+    first.trained(recipe)
+    store = Store(cache=tmp_path / "cache", shipped=(tmp_path / "shipped",))
+
+    def again(shift: float) -> Lab:
+        def make(folder: Path) -> None:
+            weights = {k: v + shift for k, v in first.artefact.tensors().items()}
+            save_tensors(folder, "weights.safetensors", weights)
+
+        spec = first.recipe.spec()
+        artefact = store.get_or_make(first.recipe.artefact, spec, make, fresh=True)
+        return replace(first, artefact=artefact, store=store, hosts={}, others={})
+
+    for same in (replace(first, store=store, hosts={}, others={}), again(0.0)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            same.worn(recipe, same.trained(recipe), family="dmd2", steps=2)
+    other = again(0.5)
+    with pytest.warns(UserWarning, match="postcards/dmd2-2 was distilled from the shipped"):
+        other.worn(recipe, other.trained(recipe), family="dmd2", steps=2)
+
+
+def test_a_student_whose_steps_differ_in_length_is_sampled_where_it_was_trained(
+    tmp_path: Path,
+) -> None:
+    small_bench = small_lab(tmp_path)
+    recipe = small(
+        progressive("smoke", 0, teacher_steps=20, chain=(5, 2), name="uneven"), small_bench.recipe
+    )
+    student = small_bench.worn(recipe, small_bench.trained(recipe), family="progressive", steps=2)
+    assert student.sampling(n=1).grid.tolist() == pytest.approx([1, 0.4, 0])
 
 
 def test_a_student_is_worn_on_its_own_teacher_whichever_bench_is_asked(
@@ -75,8 +151,13 @@ def test_explicit_times_take_the_place_of_steps_and_shift() -> None:
     assert torch.equal(Sampling(steps=3, shift=2.0).grid, time_grid(3, shift=2.0))
     with pytest.raises(BadInput, match="one per step, 3"):
         checked_sampling({"steps": 3, "times": (1.0, 0.5)})
-    with pytest.raises(BadInput, match="times"):
-        checked_sampling({"steps": 2, "times": (0.5, 0.7)})
+    for times, said in (
+        ((0.5, 0.7), "times"),
+        ((0.7, 0.5), "the first must be 1"),
+        ((1.0, 0.0), "without the closing 0"),
+    ):
+        with pytest.raises(BadInput, match=said):
+            checked_sampling({"steps": 2, "times": times})
 
 
 def test_unguided_sampling_costs_one_call_per_step(bench: Lab) -> None:

@@ -37,7 +37,13 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
             parameter.mul_(1.5)
     lab = Lab(
         recipe=resolve("teacher"),
-        artefact=Artefact(path=tmp_path, key="0" * 12, name="postcards/teacher", spec={}),
+        artefact=Artefact(
+            path=tmp_path,
+            key="0" * 12,
+            name="postcards/teacher",
+            spec={},
+            digests={"weights.safetensors": "0" * 64},
+        ),
         testbed=Postcards(net=net),
         store=Store(cache=tmp_path / "cache"),
         device="cpu",

@@ -456,5 +456,8 @@ def test_a_progressive_chain_may_start_at_forty_steps_and_end_at_one() -> None:
     assert [s.options["steps"] for s in recipe.stages] == list(chain)
     assert [s.options["teacher_steps"] for s in recipe.stages] == [40, *chain[:-1]]
     assert [s.teacher for s in recipe.stages] == ["guided"] + ["before"] * 4
+    # Halved from 5, the 2 steps are from 1 to 0.4 to 0; that is where the last stage asks them.
+    own = [s.options.get("teacher_times") for s in recipe.stages]
+    assert own[:4] == [None] * 4 and own[4] == pytest.approx((1.0, 0.4))
     lengths = [s.steps for s in recipe.stages]
     assert lengths[4] == pytest.approx(2 * lengths[1], rel=0.01)  # doubled, the same two substeps

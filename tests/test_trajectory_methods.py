@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf, nan
 
 import pytest
 import torch
@@ -340,6 +341,25 @@ def test_only_the_adapter_moves(name: str) -> None:
         (lambda s: ContinuousConsistency(student=s, teacher=s, warmup=-1), "warmup=-1"),
         (lambda s: ContinuousConsistency(student=s, teacher=s, kappa=0.0), "kappa=0"),
         (lambda s: Direct(student=s, steps=0), "steps=0"),
+        (lambda s: Direct(student=s, steps=5000), "steps=5000"),
+        (lambda s: Direct(student=s, steps=2, shift=-1.0), "shift=-1"),
+        (lambda s: Progressive(student=s, teacher=s, steps=1, teacher_steps=5000), "r_steps=5000"),
+        (lambda s: Progressive(student=s, teacher=s, steps=1, teacher_steps=2, shift=nan), "shift"),
+        (
+            lambda s: Progressive(
+                student=s, teacher=s, steps=1, teacher_steps=2, teacher_times=(1.0, 0.5, 0.2)
+            ),
+            "one per teacher step, 2",
+        ),
+        (lambda s: Consistency(student=s, teacher=s, grid_steps=5000), "grid_steps=5000"),
+        (lambda s: ContinuousConsistency(student=s, teacher=s, shift=0.0), "shift=0"),
+        (lambda s: ContinuousConsistency(student=s, teacher=s, time_std=0.0), "time_std=0"),
+        (lambda s: ContinuousConsistency(student=s, teacher=s, time_mean=nan), "time_mean=nan"),
+        (lambda s: ContinuousConsistency(student=s, teacher=s, kappa=inf), "kappa=inf"),
+        (lambda s: FlowMatching(student=s, drop=2.0), "drop=2"),
+        (lambda s: FlowMatching(student=s, drop=nan), "drop=nan"),
+        (lambda s: FlowMatching(student=s, time_std=-1.0), "time_std=-1"),
+        (lambda s: FlowMatching(student=s, shift=0.0), "shift=0"),
     ],
 )
 def test_bad_options_are_named(build: Callable[[GaussianField], Objective], said: str) -> None:

@@ -81,8 +81,8 @@ def student_pngs(
             outside the grammar.
     """
     student = lab.student(family, steps=steps)
-    values = {"steps": steps, "guidance_scale": 1.0, "eta": student.eta, "seed": seed}
-    ours, _, _ = lab.draw_for(caption_tokens([caption]), checked_sampling(values), "", student)
+    asked = student.sampling(n=1, seed=seed)
+    ours, _, _ = lab.draw_for(caption_tokens([caption]), asked, "", student)
     theirs = postcard_png(
         lab, caption, steps=TEACHER_STEPS, guidance_scale=TEACHER_GUIDANCE, shift=1.0, seed=seed
     )

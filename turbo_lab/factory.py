@@ -33,8 +33,9 @@ from turbo_lab.progress import VARIABLE, progress
 from turbo_lab.qwen_gan import opened_eye, qwen_gan_pieces
 from turbo_lab.qwen_storage import stored_with_error
 from turbo_lab.ranks import ALONE, Ranks, joined
+from turbo_lab.recipes.models import Option
 from turbo_lab.recipes.qwen_image import QwenRecipe, QwenStage, options_at
-from turbo_lab.recipes.qwen_models import Option, QwenGan
+from turbo_lab.recipes.qwen_models import QwenGan
 from turbo_lab.store import Artefact, Store
 from turbo_lab.streams import noise, seed_for
 from turbo_lab.testbeds.qwen_buckets import Shape, Supply

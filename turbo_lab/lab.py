@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+import warnings
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from functools import partial
@@ -38,7 +39,8 @@ from turbo_lab.recipes import (
     with_folder,
 )
 from turbo_lab.sample import draw_samples
-from turbo_lab.sampling import TEACHER_GUIDANCE, Sampling, Stream
+from turbo_lab.sampling import TEACHER_GUIDANCE, Sampling, Stream, checked_sampling
+from turbo_lab.stock_times import student_times
 from turbo_lab.store import Artefact, Store, key_of
 from turbo_lab.testbeds.postcards import Postcards
 from turbo_lab.training import load_net, trained
@@ -71,16 +73,22 @@ class Student:
     def sampling(
         self, *, n: int, noises: int = 1, seed: int = 0, stream: Stream = "eval"
     ) -> Sampling:
-        """How this student is meant to be sampled: one network call per step."""
-        return Sampling(
-            steps=self.steps,
-            times=self.times,
-            eta=self.eta,
-            guidance_scale=1.0,
-            n=n,
-            noises=noises,
-            seed=seed,
-            stream=stream,
+        """How this student is meant to be sampled: one network call per step.
+
+        Raises:
+            BadInput: a number is out of range.
+        """
+        return checked_sampling(
+            {
+                "steps": self.steps,
+                "times": self.times,
+                "eta": self.eta,
+                "guidance_scale": 1.0,
+                "n": n,
+                "noises": noises,
+                "seed": seed,
+                "stream": stream,
+            }
         )
 
 
@@ -130,8 +138,19 @@ class Lab:
         return _trained(recipe, store=self.store, fresh=fresh, device=self.device)
 
     def worn(self, recipe: Recipe, artefact: Artefact, *, family: str, steps: int) -> Student:
-        """Put the adapter of an artefact on a copy of the teacher's network, once."""
+        """Put the adapter of an artefact on a copy of the teacher's network, once.
+
+        Warns:
+            UserWarning: it is shipped, and the teacher has been trained to other weights since.
+        """
         assert recipe.adapter is not None
+        if not self.store.fits(artefact, on=self.artefact):
+            warnings.warn(
+                f"{artefact.name} was distilled from the shipped {self.artefact.name} and is worn"
+                f" on other weights, those of {self.artefact.path}; remove that folder, or train"
+                " the student on it with fresh.",
+                stacklevel=2,
+            )
         return Student(
             bench=self,
             family=family,
@@ -139,7 +158,7 @@ class Lab:
             eta=FAMILIES[family].eta,
             artefact=artefact,
             field=self.dressed(recipe.adapter, artefact),
-            times=recipe.times,
+            times=student_times(recipe.stages[-1], steps),
         )
 
     def dressed(self, size: AdapterSize, artefact: Artefact) -> VelocityField:
@@ -148,7 +167,7 @@ class Lab:
         if host is None:
             host = Host(copy.deepcopy(self.testbed.net), part="transformer")
             self.hosts[size] = host
-        name = f"a{artefact.key}"
+        name = f"a{artefact.weights_digest[:16]}"
         if name not in host.sizes:
             adapter = host.add(name, size, seed=0)
             adapter.load_state_dict({k: v.float() for k, v in artefact.tensors().items()})
@@ -159,6 +178,8 @@ class Lab:
     ) -> Samples:
         """Return samples from the store, drawing them first if they are not there.
 
+        They go by the weights of who is sampled: a student trained again has others.
+
         Args:
             sampling: how to sample; its guidance is of the teacher, a student has none.
             what: for the progress bar.
@@ -166,15 +187,15 @@ class Lab:
         """
         spec = {
             "kind": "samples",
-            "version": 1,
+            "version": 2,
             "world": self.recipe.world,
-            "teacher": (self if student is None else student.bench).artefact.key,
+            "teacher": (self if student is None else student.bench).artefact.weights_digest,
             "device": self.device,
             **sampling.model_dump(),
         }
         what = what or f"{sampling.steps} steps, guidance {sampling.guidance_scale:g}"
         if student is not None:
-            spec["student"] = student.artefact.key
+            spec["student"] = student.artefact.weights_digest
         make = partial(self._draw_into, sampling, what, student)
         artefact = self.store.get_or_make("postcards/samples", spec, make)
         cost = artefact.json("cost.json")

@@ -47,8 +47,11 @@ class Sampling(BaseModel):
 
     @model_validator(mode="after")
     def _one_time_per_step(self) -> Sampling:
-        if self.times and len(self.times) != self.steps:
-            raise BadInput("times", self.times, f"give one per step, {self.steps} of them")
+        if self.times and (len(self.times) != self.steps or not self.times[-1]):
+            allowed = f"give one per step, {self.steps} of them, without the closing 0"
+            raise BadInput("times", self.times, allowed)
+        if self.times and self.times[0] != 1:
+            raise BadInput("times", self.times, "the first must be 1, where there is only noise")
         if self.n % self.noises:
             raise BadInput("n", self.n, f"use a multiple of noises, {self.noises}")
         _ = self.grid  # refuses times that do not fall

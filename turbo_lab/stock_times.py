@@ -47,7 +47,8 @@ def student_times(stage: Trained, steps: int | None = None) -> tuple[float, ...]
     elif stage.method == "progressive":
         # As turbo_lab.methods.progressive.Progressive.edges: points of the teacher's grid.
         n, of = int(options["steps"]), int(options["teacher_steps"])
-        grid = time_grid(of, shift=shift)
+        own = options.get("teacher_times")
+        grid = grid_from_times(own) if own else time_grid(of, shift=shift)
         times = tuple(grid[(k * of + n // 2) // n].item() for k in range(n))
     elif "steps" in options:
         times = tuple(time_grid(int(options["steps"]), shift=shift)[:-1].tolist())

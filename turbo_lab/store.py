@@ -71,18 +71,24 @@ SHIPPED_VARIABLE = "TURBO_LAB_SHIPPED"
 """``none`` leaves the shipped artefacts out: everything is then trained."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}/[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _ENTRY = re.compile(r"(.+)-([0-9a-f]{12})")
+WEIGHTS = "weights.safetensors"
 _RESERVED = ("locks", "work", "quarantine")
 _VERIFIED: dict[Path, tuple[object, ...]] = {}  # folders whose SHA-256 this process has checked
 
 
 @dataclass(frozen=True, kw_only=True)
 class Artefact:
-    """A verified folder of the store and the recipe that made it."""
+    """A verified folder of the store and the recipe that made it.
+
+    ``digests`` are the SHA-256 of its files when it was found: a recipe trained again has the same
+    key and place, and maybe other weights.
+    """
 
     path: Path
     key: str
     name: str
     spec: Mapping[str, Any]
+    digests: Mapping[str, str]
 
     def file(self, name: str) -> Path:
         """Return the path of a file the manifest lists; BadInput with the choice otherwise."""
@@ -95,7 +101,12 @@ class Artefact:
         """Whether the manifest lists a file."""
         return name in read_manifest(self.path)
 
-    def tensors(self, file: str = "weights.safetensors") -> dict[str, Tensor]:
+    @property
+    def weights_digest(self) -> str:
+        """SHA-256 of its weights; what is made from them goes by it."""
+        return self.digests[WEIGHTS]
+
+    def tensors(self, file: str = WEIGHTS) -> dict[str, Tensor]:
         """Read the tensors of a file, on the CPU."""
         self.file(file)
         return load_tensors(self.path, file)
@@ -210,6 +221,20 @@ class Store:
         roots = [("cache", self.cache), *(("shipped", root) for root in self.shipped)]
         return sorted((e for kind, root in roots for e in _entries(kind, root)), key=lambda e: e[1])
 
+    def fits(self, artefact: Artefact, on: Artefact) -> bool:
+        """Whether a shipped artefact was made from the weights that the other one has.
+
+        A recipe trained again takes the shipped one's place, and what was shipped beside that one
+        was made from other weights, unless the same machine has given the same bits.
+        """
+        if not self._is_shipped(artefact) or self._is_shipped(on):
+            return True
+        own = self._find_shipped(on.name, on.spec)
+        return own is None or own.digests.get(WEIGHTS) == on.digests.get(WEIGHTS)
+
+    def _is_shipped(self, artefact: Artefact) -> bool:
+        return any(artefact.path.is_relative_to(root) for root in self.shipped)
+
     def ship(self, artefact: Artefact, *, without: Collection[str] = ()) -> Path:
         """Copy a verified artefact into the shipped folder of a source checkout.
 
@@ -314,11 +339,12 @@ def _verified(place: Path, name: str, spec: Mapping[str, Any]) -> Artefact | Non
             if canonical(json.loads(files["recipe.json"].read_text("utf-8"))) != canonical(spec):
                 raise Damaged(f"{place} holds another recipe than its name says.")
             _VERIFIED[place] = stamp
+        digests = {file: sha256 for file, (_, sha256) in read_manifest(place).items()}
     except PermissionError:
         return None  # who may not look into the cache has none
     except (FileNotFoundError, KeyError, ValueError) as error:
         raise Damaged(f"{place} is not complete ({error}).") from error
-    return Artefact(path=place, key=key_of(spec), name=name, spec=dict(spec))
+    return Artefact(path=place, key=key_of(spec), name=name, spec=dict(spec), digests=digests)
 
 
 def _stamp(place: Path) -> tuple[object, ...]:

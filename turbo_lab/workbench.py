@@ -153,7 +153,8 @@ def _adapter_bench(
         student.load_state_dict(weights)
     average = host.copy(student, "average")
     plain = frozen(host.bare)
-    guide = guided(plain, null_tokens(1), stage.guidance_scale or 1.0)
+    scale = 1.0 if stage.guidance_scale is None else stage.guidance_scale
+    guide = guided(plain, null_tokens(1), scale)
     apart = {CRITIC} if stage.gan else set()
     rivals = {
         name: _rival(name, recipe, host, student, device)
@@ -267,7 +268,7 @@ def _pair_source(
 ) -> PairSource:
     """Pairs of a stage, kept in the store once all of them have been drawn."""
     assert recipe.teacher is not None
-    spec = _pair_spec(recipe, pairs)
+    spec = _pair_spec(recipe, pairs, store)
     source = PairSource(
         field=guide,
         n=pairs.n,
@@ -282,10 +283,11 @@ def _pair_source(
     return source
 
 
-def _pair_spec(recipe: Recipe, pairs: Pairs) -> dict[str, object]:
+def _pair_spec(recipe: Recipe, pairs: Pairs, store: Store) -> dict[str, object]:
     assert recipe.teacher is not None
     return {
         "teacher": recipe.teacher.spec(),
+        "weights": _found(recipe.teacher, store).weights_digest,  # those it is trained again to
         "guidance_scale": recipe.stages[-1].guidance_scale,
         **pairs.model_dump(),
     }
@@ -295,7 +297,7 @@ def draw_all_pairs(recipe: Recipe, store: Store, device: str) -> None:
     """Draw the pairs of the last stage once and keep them, so that every student shares them."""
     for pairs in pairs_of(recipe.stages[-1]):
         make = partial(_draw_pairs, recipe, store, device, pairs)
-        store.get_or_make(PAIRS, _pair_spec(recipe, pairs), make)
+        store.get_or_make(PAIRS, _pair_spec(recipe, pairs, store), make)
 
 
 def _draw_pairs(recipe: Recipe, store: Store, device: str, pairs: Pairs, folder: Path) -> None:

@@ -89,7 +89,8 @@ def as_copies(case: Recipe, store: Store, batch: Batch, device: str) -> Step:
     artefact = store.find(case.teacher.artefact, case.teacher.spec())
     assert artefact is not None
     student, fake, net = (load_net(case.teacher, artefact).to(device) for _ in range(3))
-    teacher = guided(frozen(net), null_tokens(1), stage.guidance_scale or 1.0)
+    scale = 1.0 if stage.guidance_scale is None else stage.guidance_scale
+    teacher = guided(frozen(net), null_tokens(1), scale)
     method = METHODS[stage.method](student=student, fake=fake, teacher=teacher, **stage.options)
     return begun(case, method, batch, networks=(student, fake, net))
 

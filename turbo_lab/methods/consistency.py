@@ -13,7 +13,14 @@ from turbo_lab.critic import ADVERSARIES, Critic, TrainableCritic
 from turbo_lab.errors import BadInput
 from turbo_lab.field import Condition, Field, frozen
 from turbo_lab.fit import Batch, Player, Turn
-from turbo_lab.methods.kinds import DISTANCES, SOLVERS, TrainableField, chosen, times_at
+from turbo_lab.methods.kinds import (
+    DISTANCES,
+    SOLVERS,
+    TrainableField,
+    check_steps,
+    chosen,
+    times_at,
+)
 from turbo_lab.methods.phased import pushed
 from turbo_lab.path import grid_from_times, mix, step, time_grid
 from turbo_lab.streams import Draw
@@ -82,6 +89,7 @@ class Consistency:
         chosen("target", self.target, dict.fromkeys(TARGETS))
         if self.target == "average" and self.average is None:
             raise BadInput("target", "average", "give the average, or choose current")
+        check_steps("grid_steps", self.grid_steps)
         self._check_edges()
         self._check_adversary()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -13,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from turbo_lab.errors import BadInput
 from turbo_lab.field import Field
 from turbo_lab.fit import Batch, Player, Turn
-from turbo_lab.methods.kinds import TrainableField, chosen, squared
+from turbo_lab.methods.kinds import TrainableField, check_training_times, chosen, squared
 from turbo_lab.path import expand, logit_normal_times, mix
 from turbo_lab.streams import Draw
 
@@ -98,8 +99,9 @@ class ContinuousConsistency:
         chosen("derivative", self.derivative, DERIVATIVES)
         if self.warmup < 0:
             raise BadInput("warmup", self.warmup, "use an integer of at least 0")
-        if not self.kappa > 0:
-            raise BadInput("kappa", self.kappa, "use a number above 0")
+        if not 0 < self.kappa < math.inf:
+            raise BadInput("kappa", self.kappa, "use a finite number above 0")
+        check_training_times(self.time_mean, self.time_std, self.shift)
 
     @property
     def players(self) -> Mapping[str, Player]:

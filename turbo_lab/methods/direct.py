@@ -28,7 +28,7 @@ class Direct:
 
     Args:
         student: the field that learns.
-        steps: N, at least 1.
+        steps: N, 1 to 1000.
         shift: timestep shift of the grid.
         distance: ``l2`` or ``huber``, see `turbo_lab.methods.kinds`.
     """
@@ -40,8 +40,12 @@ class Direct:
 
     def __post_init__(self) -> None:
         chosen("distance", self.distance, DISTANCES)
-        if self.steps < 1:
-            raise BadInput("steps", self.steps, "use an integer of at least 1")
+        _ = self.grid  # refuses steps and shifts that make none
+
+    @property
+    def grid(self) -> Tensor:
+        """Times ``[steps + 1]`` of the sampler."""
+        return time_grid(self.steps, shift=self.shift)
 
     @property
     def players(self) -> Mapping[str, Player]:
@@ -64,8 +68,7 @@ class Direct:
         """The student's sample, see `turbo_lab.methods.gan.Generates`, and its loss terms."""
         if batch.z is None:
             raise BadInput("batch.z", None, "direct distillation needs pairs (noise, sample)")
-        grid = time_grid(self.steps, shift=self.shift)
-        ours = final(sample(self.student, grid, batch.z, batch.c))
+        ours = final(sample(self.student, self.grid, batch.z, batch.c))
         return ours, {"endpoint": DISTANCES[self.distance](ours, batch.x)}
 
     @torch.no_grad()

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from turbo_lab.errors import BadInput
 from turbo_lab.fit import Batch, Player, Turn
-from turbo_lab.methods.kinds import TrainableField, squared
+from turbo_lab.methods.kinds import TrainableField, check_training_times, squared
 from turbo_lab.path import logit_normal_times, mix, velocity
 from turbo_lab.streams import Draw
 
@@ -37,6 +38,11 @@ class FlowMatching:
     time_mean: float = 0.0
     time_std: float = 1.0
     shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop <= 1:
+            raise BadInput("drop", self.drop, "use a number from 0 to 1")
+        check_training_times(self.time_mean, self.time_std, self.shift)
 
     @property
     def players(self) -> Mapping[str, Player]:

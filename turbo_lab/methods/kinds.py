@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ from torch import Tensor
 from turbo_lab.errors import BadInput
 from turbo_lab.field import Field
 from turbo_lab.fit import Player
-from turbo_lab.path import expand
+from turbo_lab.path import MAX_STEPS, expand, shift_time
 
 HUBER = 0.00054
 """c of the pseudo-Huber distance per root of dimension (Song & Dhariwal 2023, section 3.3)."""
@@ -65,6 +66,21 @@ def chosen(name: str, value: str, of: Mapping[str, Any]) -> None:
     """Raise BadInput unless ``value`` is one of the names in ``of``."""
     if value not in of:
         raise BadInput(name, value, f"choose one of {', '.join(of)}")
+
+
+def check_steps(name: str, value: int, *, least: int = 1) -> None:
+    """Raise BadInput unless ``value`` steps make a grid, see `turbo_lab.path.time_grid`."""
+    if not least <= value <= MAX_STEPS:
+        raise BadInput(name, value, f"use an integer from {least} to {MAX_STEPS}")
+
+
+def check_training_times(mean: float, std: float, shift: float) -> None:
+    """Raise BadInput unless these make times, see `turbo_lab.path.logit_normal_times`."""
+    if not math.isfinite(mean):
+        raise BadInput("time_mean", mean, "use a finite number")
+    if not 0 < std < math.inf:
+        raise BadInput("time_std", std, "use a finite number above 0")
+    shift_time(0.5, shift)
 
 
 def times_at(grid: Tensor, index: Tensor, like: Tensor) -> Tensor:

@@ -11,8 +11,15 @@ from torch import Tensor
 from turbo_lab.errors import BadInput
 from turbo_lab.field import Field
 from turbo_lab.fit import Batch, Player, Turn
-from turbo_lab.methods.kinds import DISTANCES, TrainableField, chosen, times_at, walk
-from turbo_lab.path import mix, secant, time_grid
+from turbo_lab.methods.kinds import (
+    DISTANCES,
+    TrainableField,
+    check_steps,
+    chosen,
+    times_at,
+    walk,
+)
+from turbo_lab.path import grid_from_times, mix, secant, time_grid
 from turbo_lab.streams import Draw
 
 
@@ -34,11 +41,13 @@ class Progressive:
     Args:
         student: the field that learns.
         teacher: the field to follow; guided in the first stage, the student before in others.
-        steps: steps of the student, at least 1.
+        steps: steps of the student, 1 to 1000.
         teacher_steps: steps of the teacher, at least ``steps``; where they are no multiple of
             it, some student steps span one teacher step more than others.
         shift: timestep shift of the grid.
         distance: ``l2`` or ``huber``, see `turbo_lab.methods.kinds`.
+        teacher_times: the teacher's times without the closing 0, where it is a student whose
+            steps were not of one length (5 steps halved to 2 go from 1 to 0.4 to 0).
     """
 
     student: TrainableField
@@ -47,13 +56,22 @@ class Progressive:
     teacher_steps: int
     shift: float = 1.0
     distance: str = "l2"
+    teacher_times: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         chosen("distance", self.distance, DISTANCES)
-        if self.steps < 1:
-            raise BadInput("steps", self.steps, "use an integer of at least 1")
-        if self.teacher_steps < self.steps:
-            raise BadInput("teacher_steps", self.teacher_steps, f"use at least {self.steps}")
+        check_steps("steps", self.steps)
+        check_steps("teacher_steps", self.teacher_steps, least=self.steps)
+        if len(self.grid) != self.teacher_steps + 1:
+            allowed = f"give one per teacher step, {self.teacher_steps}, or none"
+            raise BadInput("teacher_times", self.teacher_times, allowed)
+
+    @property
+    def grid(self) -> Tensor:
+        """Times ``[teacher_steps + 1]`` of the teacher."""
+        if self.teacher_times:
+            return grid_from_times(self.teacher_times)
+        return time_grid(self.teacher_steps, shift=self.shift)
 
     @property
     def players(self) -> Mapping[str, Player]:
@@ -73,7 +91,7 @@ class Progressive:
     def loss(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
         """Distance to the chord per sample ``[B]``, for clean latents ``[B, ...]``."""
         x, c = batch.x, batch.c
-        grid = time_grid(self.teacher_steps, shift=self.shift)
+        grid = self.grid
         k = draw.integers("interval", self.steps)
         start, stop = self.edges[k], self.edges[k + 1]
         t, u = times_at(grid, start, x), times_at(grid, stop, x)

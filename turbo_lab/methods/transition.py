@@ -58,8 +58,15 @@ from turbo_lab.critic import FREQUENCIES, Block, waves
 from turbo_lab.errors import BadInput
 from turbo_lab.field import Condition, Field
 from turbo_lab.fit import Batch, Player, Turn
-from turbo_lab.methods.kinds import DISTANCES, TrainableField, chosen, squared, times_at
-from turbo_lab.path import MAX_STEPS, expand, grid_from_times, mix, split, time_grid
+from turbo_lab.methods.kinds import (
+    DISTANCES,
+    TrainableField,
+    check_steps,
+    chosen,
+    squared,
+    times_at,
+)
+from turbo_lab.path import expand, grid_from_times, mix, split, time_grid
 from turbo_lab.sample import final, sample
 from turbo_lab.streams import Draw, seed_for
 
@@ -149,8 +156,7 @@ class Transition:
     def __post_init__(self) -> None:
         if float(self.grid[0]) != 1:
             raise BadInput("times", self.times, "the first must be 1, where there is only noise")
-        if not 1 <= self.inner_steps <= MAX_STEPS:
-            raise BadInput("inner_steps", self.inner_steps, f"use an integer from 1 to {MAX_STEPS}")
+        check_steps("inner_steps", self.inner_steps)
         chosen("distance", self.distance, DISTANCES)
 
     @property

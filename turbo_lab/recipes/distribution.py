@@ -11,11 +11,9 @@ from turbo_lab.adapters import AdapterSize
 from turbo_lab.errors import BadInput
 from turbo_lab.methods.divergences import LINE, needs_ratio
 from turbo_lab.path import shift_time
-from turbo_lab.recipes.models import Family, Pairs, Profile, Rates, Recipe, Stage
+from turbo_lab.recipes.models import Family, Option, Pairs, Profile, Rates, Recipe, Stage
 from turbo_lab.recipes.teacher import GUIDANCE
 from turbo_lab.recipes.trajectory import ADAPTER, student
-
-Option = float | int | str | tuple[float, ...]
 
 DMD2_STEPS = (8, 4, 2)
 SHIFT = 2.5

@@ -20,6 +20,8 @@ from turbo_lab.postcards import SIZE
 from turbo_lab.testbeds.postcards import NetSize
 
 Profile = Literal["smoke", "quick", "paper"]
+Option = float | int | str | tuple[float, ...]
+"""Of a method; its own fields say what is allowed."""
 
 WORLD = 1
 """Version of the postcards' renderer and streams; raised when a picture changes meaning."""
@@ -173,7 +175,7 @@ class Stage(_Frozen):
     """
 
     method: str
-    options: Mapping[str, float | int | str | tuple[float, ...]] = Field(default_factory=dict)
+    options: Mapping[str, Option] = Field(default_factory=dict)
     steps: int = Field(ge=1)
     batch_size: int = Field(64, ge=1)
     rates: Mapping[str, Rates]

@@ -14,11 +14,10 @@ from typing import Literal
 
 from turbo_lab.errors import BadInput
 from turbo_lab.path import qwen_mu, shift_from_mu, time_grid
-from turbo_lab.recipes.models import Pairs, Profile, Rates
+from turbo_lab.recipes.models import Option, Pairs, Profile, Rates
 from turbo_lab.recipes.qwen_models import (
     ADAPTER,
     GUIDANCE,
-    Option,
     QwenGan,
     QwenRecipe,
     QwenStage,

@@ -12,11 +12,10 @@ from turbo_lab.adapters import QWEN_LINEARS, AdapterSize
 from turbo_lab.errors import BadInput
 from turbo_lab.methods import METHODS
 from turbo_lab.methods.gan import Generates
-from turbo_lab.recipes.models import Pairs, Rates, check_game
+from turbo_lab.recipes.models import Option, Pairs, Rates, check_game
 from turbo_lab.testbeds.qwen_files import SCALE
 
 Source = Literal["images", "pairs", "prompts"]
-Option = float | int | str | tuple[float, ...]
 
 ADAPTER = AdapterSize(rank=64, alpha=64, targets=QWEN_LINEARS)
 """Rank 64 on 14 modules of every block, as the size of Wuli's file says; alpha as in TwinFlow."""

@@ -11,8 +11,8 @@ from types import MappingProxyType
 
 from turbo_lab.adapters import AdapterSize
 from turbo_lab.recipes.adversarial import MAIN
-from turbo_lab.recipes.distribution import NOISE_SHIFT, SECOND, Option
-from turbo_lab.recipes.models import Family, Profile, Rates, Recipe, Stage
+from turbo_lab.recipes.distribution import NOISE_SHIFT, SECOND
+from turbo_lab.recipes.models import Family, Option, Profile, Rates, Recipe, Stage
 from turbo_lab.recipes.teacher import GUIDANCE, teacher
 from turbo_lab.recipes.warm import GRID_STEPS, two_steps
 

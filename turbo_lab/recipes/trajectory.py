@@ -9,8 +9,10 @@ from typing import Literal
 
 from turbo_lab.adapters import AdapterSize
 from turbo_lab.errors import BadInput
+from turbo_lab.path import time_grid
 from turbo_lab.recipes.models import Family, Pairs, Profile, Rates, Recipe, Stage
 from turbo_lab.recipes.teacher import GUIDANCE, early
+from turbo_lab.stock_times import student_times
 
 CHAIN = (16, 8, 4, 2, 1)
 """Steps of the progressive students; the guided teacher walks 32."""
@@ -90,15 +92,21 @@ def progressive(
         name: of the recipe.
     """
     unit = calls[profile] / (len(chain) + doubled)
-    stages = []
+    stages: list[Stage] = []
     for k, (before, steps) in enumerate(pairwise((teacher_steps, *chain))):
         substeps = -(-before // steps)  # the most that one student step spans
+        options: dict[str, float | int | str | tuple[float, ...]] = {
+            "steps": steps,
+            "teacher_steps": before,
+        }
+        if k and (own := student_times(stages[-1])) != tuple(time_grid(before)[:-1].tolist()):
+            options["teacher_times"] = own
         stage = _distill(
             "progressive",
             profile,
             unit * (2 if k >= len(chain) - doubled else 1),
             per_sample=3 + substeps * (1 if k else 2),
-            options={"steps": steps, "teacher_steps": before},
+            options=options,
             teacher="before" if k else "guided",
         )
         stages.append(stage)

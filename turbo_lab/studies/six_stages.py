@@ -12,8 +12,7 @@ import pandas as pd
 
 from turbo_lab.lab import Lab, open_lab
 from turbo_lab.recipes import Recipe, resolve
-from turbo_lab.recipes.distribution import Option
-from turbo_lab.recipes.models import Profile
+from turbo_lab.recipes.models import Option, Profile
 from turbo_lab.recipes.six_blocks import EDGE, PCM, TURBO
 from turbo_lab.recipes.warm import STEPS
 from turbo_lab.sampling import Sampling
