@@ -315,6 +315,18 @@ def test_a_polite_stop_writes_a_checkpoint_first(tmp_path: Path) -> None:
     assert stopped.value.code == 128 + signal.SIGTERM
 
 
+def test_what_cannot_be_gone_on_from_or_averaged_is_refused(tmp_path: Path) -> None:
+    saving = Saving(checkpoints=Checkpoints(folder=tmp_path))
+    list(run(net(), 2, saving=saving))
+    plan = {"optimisers": {"student": OPTIMISER}, "steps": 4, "batch_size": 8}
+    method = Regression(student=net())
+    with pytest.raises(BadInput, match=r"seed=2 is not allowed: the checkpoint .* has seed 1"):
+        next(fit(method, gaussian_batches, seed=2, saving=saving, **plan))
+    nobody = Shadow(of="studnet", average=net(), decay=0.9)
+    with pytest.raises(BadInput, match=r"shadows='studnet'.*the players are student"):
+        next(fit(method, gaussian_batches, seed=1, shadows=(nobody,), **plan))
+
+
 def test_a_stop_while_the_last_record_is_looked_at_counts(tmp_path: Path) -> None:
     saving = Saving(checkpoints=Checkpoints(folder=tmp_path))
     with pytest.raises(KeyboardInterrupt, match="Stopped at step 6"):

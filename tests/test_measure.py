@@ -22,7 +22,7 @@ from turbo_lab import measure
 from turbo_lab.errors import BadInput
 from turbo_lab.measure.corruptions import add_ghosts
 from turbo_lab.measure.views import hue_degrees
-from turbo_lab.postcards import Scenes, draw_scenes, render
+from turbo_lab.postcards import SIZE, Scenes, draw_scenes, render
 from turbo_lab.postcards.captions import GROUNDS, null_tokens
 from turbo_lab.streams import generator
 
@@ -118,6 +118,23 @@ def test_a_second_sign_beside_the_right_one_is_not_all_right(
     parts = ("sign_alone", "whole_body", "pose_right")
     assert torch.equal(other["all_right"], torch.stack([other[k] for k in parts]).all(0))
     assert 0 < other["sign_alone"].sum() < len(images)
+
+
+def test_a_third_digit_against_the_sign_is_seen_where_the_count_of_signs_misses_it(
+    images: Tensor, scenes: Scenes
+) -> None:
+    x, y = scenes.sign.T
+    side = torch.where(x < SIZE // 2, 4, -4)
+    tens, units = scenes.fields[:, 3], scenes.fields[:, 4]
+    # A plate that shares a digit with the first: together they read abc.
+    number = torch.where(side > 0, 10 * units + 7, 70 + tens)
+    longer = measure.paste_sign(images, x + side, y, number, 1.0)
+    was, now = (measure.report(p, scenes.fields) for p in (images, longer))
+    assert not was["third_digit"].any()
+    assert now["third_digit"].float().mean() > 0.99
+    assert now["ghost_signs"].float().mean() < 0.5  # which is why it is asked for
+    apart = measure.report(add_ghosts(scenes, 1.0), scenes.fields)
+    assert apart["third_digit"].float().mean() < 0.01
 
 
 def test_two_half_figures_are_not_a_body() -> None:

@@ -22,6 +22,7 @@ from turbo_lab import claims as cl
 from turbo_lab import explore_turbo, readme
 from turbo_lab.errors import BadInput
 from turbo_lab.lab import Lab
+from turbo_lab.measure import paste_sign
 from turbo_lab.postcards import draw_scenes, render
 from turbo_lab.recipes import Recipe, Stage, resolve, student_recipe
 from turbo_lab.recipes.adversarial import AGAINST, gan
@@ -210,6 +211,12 @@ def test_a_picture_fails_in_the_way_it_was_broken() -> None:
     assert not any(turbo.failed(whole, kind).any() for kind in turbo.FAILURES)
     swapped_captions = find(images.roll(1, 0), scenes, reference(64))
     assert turbo.failed(swapped_captions, "digits_right").mean() > 0.8
+    x, y = scenes.sign.T
+    side = torch.where(x < 16, 4, -4)
+    number = torch.where(side > 0, 10 * scenes.fields[:, 4] + 7, 70 + scenes.fields[:, 3])
+    longer = find(paste_sign(images, x + side, y, number, 1.0), scenes, reference(64))
+    read = longer.values["sign_alone"] == 1
+    assert read.any() and (turbo.failed(longer, "third_digit") == read).all()
     blank = find(torch.zeros_like(images), scenes, reference(64))
     assert turbo.failed(blank, "sign_lost").all() and turbo.failed(blank, "whole_body").all()
     assert not turbo.failed(blank, "digits_right").any()

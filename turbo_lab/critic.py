@@ -111,7 +111,8 @@ def gradient_penalty(
         c: their condition.
         votes: ``[B, V]`` of `votes_of` there.
         n: ``[B, ...]`` standard normal noise.
-        step: h, above 0.
+        step: h, above 0. In bfloat16 rounding is divided by it: on heads over a tiny postcard
+            transformer R was 0.183 at h = 0.01 where float32 has 0.115, and 0.111 and 0.110 at 0.1.
     """
     return ((votes_of(critic, x_t + step * n, t, c) - votes) / step).square().mean(1)
 

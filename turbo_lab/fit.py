@@ -222,7 +222,8 @@ def fit(
         ranks: the processes that share every batch.
 
     Raises:
-        BadInput: a number is out of range, or a moving player has no optimiser.
+        BadInput: a number is out of range, a moving player has no optimiser, a shadow is of nobody,
+            or the checkpoint is of another seed.
         NonFinite: a loss or gradient is not finite; names step, term and last good checkpoint.
         KeyboardInterrupt, SystemExit: on SIGINT or SIGTERM, after a checkpoint was written (a
             second signal, `PATIENCE` seconds later, does not wait for it).
@@ -242,6 +243,8 @@ def fit(
     )
     saving = saving if ranks.writes else None
     newest = saving.checkpoints.latest() if saving else None
+    if newest is not None and newest[2]["seed"] != seed:
+        raise BadInput("seed", seed, f"the checkpoint to go on from has seed {newest[2]['seed']}")
     resumed = ranks.handed(None if newest is None else newest[:2])
     if resumed is not None:
         run.load(*resumed)

@@ -1,4 +1,8 @@
-"""The training history: one line per so many steps, the mean over them."""
+"""The training history: one line per so many steps, the mean over them.
+
+The first line after a resume is the mean over its steps since then: what came before them is lost
+with the run that was killed.
+"""
 
 from __future__ import annotations
 

@@ -41,6 +41,7 @@ from turbo_lab.point_recipes import (
 )
 from turbo_lab.recipes import Pairs, Profile, Stage
 from turbo_lab.sample import draw_samples
+from turbo_lab.stock_times import student_eta, student_times
 from turbo_lab.store import Artefact, Store
 from turbo_lab.streams import Draw, seed_for
 from turbo_lab.testbeds.points import (
@@ -332,10 +333,8 @@ def exact_pairs(world: str, pairs: Pairs, *, store: Store | None = None) -> tupl
 
 
 def stage_samples(stage: Stage, field: Field, *, n: int, seed: int) -> Tensor:
-    """Draw samples ``[n, 2]`` of any class with the sampler a DMD2 stage was trained for."""
-    times, eta = stage.options["times"], stage.options["eta"]
-    assert isinstance(times, tuple) and isinstance(eta, float)
-    grid = grid_from_times(times)
+    """Draw samples ``[n, 2]`` of any class with the sampler that a stage was trained for."""
+    grid, eta = grid_from_times(student_times(stage)), student_eta(stage)
     return draw_samples(field, grid, (2,), seed=seed, indices=range(n), eta=eta, batch=max(n, 1))
 
 

@@ -1,4 +1,8 @@
-"""Training in bfloat16: matrices are multiplied in it, and everything else stays as it is."""
+"""Training in bfloat16: matrices are multiplied in it, under torch's autocast.
+
+So the network's output is bfloat16, and what a loss computes from several outputs (guidance, the
+difference of two scores) before it meets a float32 number. Weights and optimisers are float32.
+"""
 
 from __future__ import annotations
 

@@ -185,7 +185,8 @@ class Fp8Linear(nn.Module):
     """A linear layer whose weight and input are fp8, with one scale for each of their rows.
 
     ``y = s_x s_w (x / s_x)₈ (W / s_w)₈ᵀ + b``, where a scale is the largest number of its row over
-    448, and ₈ rounds to e4m3. Sums are in float32.
+    448, and ₈ rounds to e4m3. Sums are in float32, on a GPU in its units' fast mode, which keeps
+    fewer digits of them.
     """
 
     weight: Tensor
@@ -217,7 +218,7 @@ def quantised(x: Tensor) -> tuple[Tensor, Tensor]:
 def simulated(
     x: Tensor, scale_x: Tensor, w: Tensor, scale_w: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Multiply fp8 numbers in float32: what `torch._scaled_mm` computes, on any device.
+    """Multiply fp8 numbers in float32 on any device: `torch._scaled_mm`, but for fast sums' errors.
 
     Args:
         x: ``[n, k]`` fp8.
@@ -234,7 +235,7 @@ def simulated(
 def _on_gpu(
     x: Tensor, scale_x: Tensor, w: Tensor, scale_w: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """By the GPU's fp8 units, which write bfloat16."""
+    """By the GPU's fp8 units, which write bfloat16; fast sums, as for inference elsewhere."""
     out: Tensor = torch._scaled_mm(
         x,
         w.t(),

@@ -2,7 +2,9 @@
 
 All of them draw the same numbers and each keeps its own rows of every batch (see
 `turbo_lab.streams.Draw`), so that a batch is the same batch on one process or on eight, and its
-gradient the same sum up to the order of its terms. Nothing is wrapped: gradients are added up by
+gradient the same sum up to the order of its terms. One thing is not: the weight of a GAN term that
+is balanced (`turbo_lab.methods.gan`) comes from the rows at hand, so with it another number of
+processes is another training. Nothing is wrapped: gradients are added up by
 hand between backward pass and optimiser, which suits adapters that take turns on one base. A
 process that is alone asks no other and does what it did without this module, bit for bit.
 

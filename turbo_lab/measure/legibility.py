@@ -10,6 +10,8 @@ Thresholds were chosen on the ``select`` stream (1,000 scenes), never on ``eval`
 - `FOUND`: of 4,000 fresh scenes 4 have a place away from the sign that correlates at 0.60, none
   at 0.62; 99.9% of second signs of opacity 0.4 pasted anywhere have 0.64, all of opacity 0.5 at
   least 0.84. Smears without the shape of a plate are not counted: see the rate of no sign at all.
+- `GLUED`: a plate one digit to the side of a fresh sign shares half of it and correlates at 0.78
+  at most (4,000 scenes).
 - `OPACITY`: keeps faint look-alikes of the grain out; a sign of opacity 0.4 has at least 0.25.
 """
 
@@ -20,7 +22,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, pad
 
 from turbo_lab.measure.views import unit
 from turbo_lab.postcards.render import INK, PLATE, SIZE, glyphs, plates
@@ -29,10 +31,13 @@ from turbo_lab.postcards.scenes import SIGN_HEIGHT, SIGN_WIDTH
 CRISP = 0.72
 CLEAR = 0.03
 FOUND = 0.64
+GLUED = 0.80
 OPACITY = 0.20
 APART = (5, 4)
 """Plates closer than this in x and in y are one plate."""
 MOST_SIGNS = 8
+DIGIT = 4
+"""Pixels from one digit of a plate to the next."""
 
 _AREA = SIGN_HEIGHT * SIGN_WIDTH
 _ROWS, _COLUMNS = SIZE - SIGN_HEIGHT + 1, SIZE - SIGN_WIDTH + 1
@@ -50,6 +55,7 @@ class SignReading:
     margin: Tensor  # [B] score minus that of the best other number in the same place
     score: Tensor  # [B] R squared of the painted plate: blur, ghosting and fading lower it
     count: Tensor  # [B] long, separate plates, ghosts included
+    third: Tensor  # [B] bool, another digit stands against the best plate, left or right of it
     cover: Tensor  # [B, 32, 32] bool, pixels of the best plate and of every other plate found
 
     @property
@@ -76,7 +82,8 @@ def read_signs(images: Tensor) -> SignReading:
     x, y = place % _COLUMNS, place // _COLUMNS
     k = number.flatten(1).gather(1, place[:, None])[:, 0]
     score, margin = _fit(picture, x, y, k)
-    count, cover = _count(torch.where((match >= FOUND) & (opacity >= OPACITY), match, 0.0))
+    opaque = torch.where(opacity >= OPACITY, match, 0.0)
+    count, cover = _count(torch.where(match >= FOUND, opaque, 0.0))
     return SignReading(
         tens=k // 10,
         units=k % 10,
@@ -86,6 +93,7 @@ def read_signs(images: Tensor) -> SignReading:
         margin=margin,
         score=score,
         count=count,
+        third=_third(opaque, x, y),
         cover=cover | _box(x, y),
     )
 
@@ -161,6 +169,17 @@ def _count(strength: Tensor) -> tuple[Tensor, Tensor]:
         near_y = (rows - y[:, None]).abs() < APART[1]
         strength = strength.masked_fill(near_y[:, :, None] & near_x[:, None, :], 0.0)
     return count, cover
+
+
+def _third(match: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Whether the best plate one digit to the side of the best plate is one, too ``[B]``.
+
+    `_count` takes both for one plate: fresh signs have echoes of themselves there.
+    """
+    row = match[torch.arange(len(y)), y]
+    beside = pad(row, (DIGIT, DIGIT))
+    either = [beside.gather(1, (x + DIGIT + side)[:, None])[:, 0] for side in (-DIGIT, DIGIT)]
+    return torch.stack(either).amax(0) >= GLUED
 
 
 def _box(x: Tensor, y: Tensor) -> Tensor:

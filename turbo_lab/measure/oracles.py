@@ -59,7 +59,8 @@ def report(images: Tensor, fields: Tensor, reading: Reading | None = None) -> di
 
     Rates (bool): ``sign_read`` (both digits right and crisp), ``digits_right`` (right however
     faint), ``sign_crisp``, ``ghost_signs`` (more than one sign), ``sign_lost`` (none),
-    ``sign_alone`` (read, and the only one), ``whole_body``, ``pose_right``, ``arms_right``,
+    ``sign_alone`` (read, and the only one), ``third_digit`` (another digit stands against the best
+    sign; the rates before do not see it), ``whole_body``, ``pose_right``, ``arms_right``,
     ``legs_right`` (both present, as prompted), ``all_right`` (``sign_alone``, ``whole_body`` and
     ``pose_right``), ``ground_right``. ``sign_read`` is of the best sign, so a second one beside it
     does not count against it.
@@ -95,6 +96,7 @@ def report(images: Tensor, fields: Tensor, reading: Reading | None = None) -> di
         "signs": sign.count,
         "ghost_signs": sign.count > 1,
         "sign_lost": sign.count == 0,
+        "third_digit": sign.third,
         "whole_body": body.whole,
         "heads": body.heads,
         "torso": body.torso,

@@ -81,7 +81,8 @@ class ContinuousConsistency:
         teacher: the field whose paths are followed (guided, frozen).
         warmup: steps until ρ = 1, at least 0.
         kappa: softening of the normalisation, above 0.
-        derivative: ``jvp`` (forward mode) or ``difference`` (central difference).
+        derivative: ``jvp`` (forward mode) or ``difference`` (central difference), which needs a
+            network in float32: bfloat16 cannot tell t from t + h, and recipes refuse it there.
         time_mean, time_std: of the normal under the logistic of the training times.
         shift: timestep shift of the training times.
     """

@@ -23,7 +23,7 @@ from turbo_lab.streams import Draw
 CRITIC = "critic"
 """Name of the player and of its turn."""
 MOST = 1e4
-"""Largest weight that balancing gives, as in VQGAN."""
+"""Largest ratio of norms that balancing takes for its own, as in VQGAN."""
 
 Batches = Callable[[Draw], Batch]
 
@@ -111,7 +111,8 @@ class WithGan:
     .. math:: \lambda = \mathrm{balance} \cdot
               \|\nabla_x L_{method}\| \,/\, \|\nabla_x L_{gan}\|
 
-    with norms over the rows at hand (so micro-batches are balanced each on its own), at most 1e4.
+    with norms over the rows at hand (micro-batches, and processes, are balanced each on its own)
+    and their ratio at most 1e4.
     Both norms and their angle are watched either way, by the terms ``method_pull`` and
     ``gan_pull`` (rms of the gradients, each times the D numbers of a sample, as ``g_norm`` is in
     DMD2; the second without λ), ``cosine`` and ``gan_weight``.

@@ -12,7 +12,7 @@ from turbo_lab.adapters import QWEN_LINEARS, AdapterSize
 from turbo_lab.errors import BadInput
 from turbo_lab.methods import METHODS
 from turbo_lab.methods.gan import Generates
-from turbo_lab.recipes.models import Option, Pairs, Rates, check_game
+from turbo_lab.recipes.models import Option, Pairs, Rates, check_derivative, check_game
 from turbo_lab.testbeds.qwen_files import SCALE
 
 Source = Literal["images", "pairs", "prompts"]
@@ -102,6 +102,7 @@ class QwenStage(_Frozen):
     @model_validator(mode="after")
     def _fits(self) -> QwenStage:
         """A GAN term needs a rate, and a method that makes clean samples; taps need their net."""
+        check_derivative(self.options)  # the transformer is bfloat16
         if self.gan is None:
             return self
         features = self.gan.features

@@ -202,7 +202,7 @@ def find(images: Tensor, scenes: Scenes, real: Reference, grids: Tensor | None =
     """
     seen = measure.read(images)
     report = measure.report(images, scenes.fields, seen)
-    names = (*RATES, *MEANS, "hue_mode", "band_energy")
+    names = (*RATES, *MEANS, "third_digit", "hue_mode", "band_energy")
     patches = measure.ground_patches(images, seen.free, each=EACH)
     # Directions depend on the seed alone, so those of one ground are those of all.
     slices = real.slices[TEXTURES[0]]

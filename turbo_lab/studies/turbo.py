@@ -357,6 +357,7 @@ FAILURES = {
     "sign_lost": "no sign",
     "ghost_signs": "more than one sign",
     "digits_right": "one sign, wrong digits",
+    "third_digit": "one sign, read, and a third digit against it",
     "whole_body": "broken body",
 }
 """What can be wrong with a picture, by the metric that tells; a picture may count twice."""
@@ -380,4 +381,6 @@ def failed(found: Found, kind: str) -> np.ndarray:
     if kind == "digits_right":
         one = (values["sign_lost"] == 0) & (values["ghost_signs"] == 0)
         return one & (values["sign_read"] == 0)
+    if kind == "third_digit":
+        return (values["sign_alone"] == 1) & (values["third_digit"] == 1)
     return values[kind] == (0 if kind == "whole_body" else 1)
