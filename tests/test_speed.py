@@ -115,13 +115,13 @@ def _made(network: Mapping[str, float], *, fixed: float = 0.5) -> speed.Speed:
 def test_the_missing_share_is_told_apart_exactly() -> None:
     made = _made({TOGETHER: 1.5, APART: 2.0, speed.FUSED: 1.0, speed.ATTACHED: 1.25})
     assert made.ratio(1, 40).value == pytest.approx((40 * 1.5 + 0.5) / 2.5)
-    rows = speed.missing(made).set_index("way")
+    rows = speed.missing(made).loc[1]
     for way in speed.WAYS:
-        row = rows.loc[way]
+        row = rows.loc[speed.WAYS[way]]
         assert row["missing"] == pytest.approx(1 - made.ratio(1, 40, way).value / 40)
         named = ["shared", "adapter", "other network", "guidance", "sampler", "ends"]
         assert row[named].sum() == pytest.approx(row["missing"])
-    fused, attached = rows.loc[speed.FUSED], rows.loc[speed.ATTACHED]
+    fused, attached = (rows.loc[speed.WAYS[way]] for way in (speed.FUSED, speed.ATTACHED))
     assert fused["shared"] == pytest.approx(0.5 / 2.5) and fused["adapter"] == 0
     assert fused["other network"] == pytest.approx(0, abs=1e-12)
     assert fused["ends"] == pytest.approx((0.5 - 0.5 / 40) / 2.5)

@@ -13,6 +13,7 @@ _HOME = {
     "anatomy": ("BodyReading", "read_bodies"),
     "palette": (
         "GarmentReading",
+        "chroma_cdf",
         "chroma_w1",
         "clipped",
         "contrast",

@@ -24,6 +24,8 @@ GREY = 0.35
 """A garment less saturated than this has no hue; drawn garments have 0.68 to 0.82."""
 OFF_MODE = 0.01
 """Probability the smoothed truth gives to a hue off every mode."""
+CHROMA_BINS = 64
+"""Of `chroma_cdf`, over [0, 1]."""
 CLIPPED = 0.99
 """Real postcards stay below this magnitude everywhere."""
 
@@ -135,6 +137,16 @@ def chroma_w1(samples: Tensor, reference: Tensor) -> float:
     """
     ours, theirs = chroma(samples).flatten().numpy(), chroma(reference).flatten().numpy()
     return float(wasserstein_distance(ours, theirs))
+
+
+def chroma_cdf(images: Tensor) -> Tensor:
+    """Cumulative histogram of each image's pixel chroma ``[B, bins]``.
+
+    The mean difference of two of them is their `chroma_w1`, to the width of a bin.
+    """
+    pixels = chroma(images).flatten(1).clamp(0, 1)
+    rows = torch.stack([torch.histc(row, CHROMA_BINS, 0.0, 1.0) for row in pixels])
+    return rows.cumsum(1) / pixels.shape[1]
 
 
 def _centres() -> Tensor:

@@ -14,6 +14,7 @@ import pandas as pd
 from torch import Tensor
 
 from turbo_lab import claims as cl
+from turbo_lab import measure
 from turbo_lab.claims import Claim, Interval
 from turbo_lab.lab import Lab, Samples
 from turbo_lab.progress import progress
@@ -22,9 +23,8 @@ from turbo_lab.recipes.distribution import DMD2_STEPS, LONG, LONGER, SECOND, VAR
 from turbo_lab.recipes.trajectory import FAMILIES as TRAJECTORY
 from turbo_lab.sampling import Sampling
 from turbo_lab.studies import matching
-from turbo_lab.studies.matching import BINS as BINS  # names of the study, kept in matching
-from turbo_lab.studies.matching import METRICS as METRICS
-from turbo_lab.studies.matching import REAL, Measured, chroma_cdf, hue_kl, like, ratio
+from turbo_lab.studies.matching import METRICS as METRICS  # names of the study, kept in matching
+from turbo_lab.studies.matching import REAL, Measured, hue_kl, like, ratio
 from turbo_lab.studies.matching import claim_row as _row
 from turbo_lab.studies.matching import wide as wide
 from turbo_lab.studies.students import Drawn, Key, draw_students
@@ -109,7 +109,7 @@ class Comparison:
     @cached_property
     def real_cdf(self) -> np.ndarray:
         """Cumulative chroma histogram of real postcards ``[bins]``."""
-        return chroma_cdf(self.lab.testbed.real(REAL)).mean(0)
+        return measure.chroma_cdf(self.lab.testbed.real(REAL)).numpy().mean(0)
 
 
 def images_of(comparison: Comparison, sampler: Sampler, *, prompts: bool = False) -> list[Tensor]:

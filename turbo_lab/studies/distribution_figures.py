@@ -13,13 +13,13 @@ from matplotlib.figure import Figure
 
 from turbo_lab import charts, measure
 from turbo_lab.figures import INK, SOFT, bare, contact_sheet, style
+from turbo_lab.measure.palette import CHROMA_BINS
 from turbo_lab.palette import colour_of, shades
 from turbo_lab.postcards import HUE_MODES
 from turbo_lab.recipes import student_recipe
 from turbo_lab.recipes.distribution import VARIANTS
 from turbo_lab.recipes.trajectory import FAMILIES as TRAJECTORY
 from turbo_lab.studies.distribution import (
-    BINS,
     FEW,
     METRICS,
     TEACHER,
@@ -174,8 +174,8 @@ def _stacked(axis: Axes, x: float, shares: np.ndarray) -> None:
 
 def chromas(comparison: Comparison) -> Figure:
     """Distribution of pixel chroma: real, teacher, students."""
-    at = (np.arange(BINS) + 0.5) / BINS
-    real = np.diff(comparison.real_cdf, prepend=0.0) * BINS
+    at = (np.arange(CHROMA_BINS) + 0.5) / CHROMA_BINS
+    real = np.diff(comparison.real_cdf, prepend=0.0) * CHROMA_BINS
     with style():
         figure = Figure(figsize=(7.2, 3.0), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -183,8 +183,10 @@ def chromas(comparison: Comparison) -> Figure:
         ours = _ours(comparison)
         colours = (INK, *shades("dmd2", len(ours) - 1)[::-1])  # darker with more steps
         for colour, (sampler, title) in zip(colours, ours.items(), strict=True):
-            cdf = comparison.measured[sampler].cdf.reshape(-1, BINS).mean(0)
-            left.plot(at, np.diff(cdf, prepend=0.0) * BINS, color=colour, lw=1.2, label=title)
+            cdf = comparison.measured[sampler].cdf.reshape(-1, CHROMA_BINS).mean(0)
+            left.plot(
+                at, np.diff(cdf, prepend=0.0) * CHROMA_BINS, color=colour, lw=1.2, label=title
+            )
             right.plot(at, cdf - comparison.real_cdf, color=colour, lw=1.2)
         right.axhline(0, color=SOFT, lw=1)
         left.set(xlabel="chroma of a pixel", ylabel="density", xlim=(0, 1))

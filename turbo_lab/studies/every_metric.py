@@ -24,7 +24,7 @@ from turbo_lab.errors import BadInput
 from turbo_lab.measure import Slices
 from turbo_lab.postcards import Scenes, asked, draw_scenes, render
 from turbo_lab.postcards.captions import GROUNDS
-from turbo_lab.studies.matching import REAL, chroma_cdf
+from turbo_lab.studies.matching import REAL
 from turbo_lab.studies.textures import EACH, TEXTURES, real_slices
 
 Better = Literal["more", "less", "as real"]
@@ -108,7 +108,7 @@ def reference(n: int = REAL, seed: int = 0) -> Reference:
     if n < 1:
         raise BadInput("n", n, "use at least 1 postcard")
     scenes = draw_scenes("critic", range(n), seed=seed)
-    cdf = chroma_cdf(render(scenes)).mean(0)
+    cdf = measure.chroma_cdf(render(scenes)).numpy().mean(0)
     return Reference(n=n, seed=seed, slices=real_slices(n, seed=seed), cdf=cdf)
 
 
@@ -209,7 +209,7 @@ def find(images: Tensor, scenes: Scenes, real: Reference, grids: Tensor | None =
     return Found(
         values={name: report[name].float().numpy() for name in names},
         ground=scenes.fields[:, 2].numpy(),
-        cdf=chroma_cdf(images),
+        cdf=measure.chroma_cdf(images).numpy(),
         along=slices.along(patches),
         distances=np.empty(0) if grids is None else measure.pairwise_distance(grids).numpy(),
         real=real,

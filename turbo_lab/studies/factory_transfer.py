@@ -29,6 +29,7 @@ from turbo_lab.studies.gathered import claims_of
 NOT_MEASURED = "not measured"
 NO_CLAIM = "no claim"
 UNDECIDED = "undecided"
+PARTLY = "in part"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,14 +162,14 @@ class Lesson:
         about: in two or three words.
         source: where the miniature's finding stands.
         does: what the recipe does, in words.
-        same: whether that is the choice that the finding is about.
+        same: whether that is the choice that the finding is about; None where it is so in part.
         option: of ``turbo-lab train qwen_image``, with which it does otherwise.
     """
 
     about: str
     source: Source
     does: Callable[[QwenRecipe], str]
-    same: Callable[[QwenRecipe], bool]
+    same: Callable[[QwenRecipe], bool | None]
     option: Callable[[QwenRecipe], str]
 
 
@@ -235,7 +236,7 @@ _WARM = Lesson(
     about=f"a warm start, second time {_MINIATURE.second:g}",
     source=Claimed(notebook=_06, id="L-warm"),
     does=lambda r: f"{r.stages[0].method}, second time {_second(r):g}",
-    same=lambda r: len(_stages(r)) > 1,
+    same=lambda r: len(_stages(r)) > 1 and (_second(r) == _MINIATURE.second or None),
     option=lambda r: "--recipe dmd2-2, which has no GAN term either",
 )
 _REAL = Lesson(
@@ -264,6 +265,7 @@ LESSONS = (
         _WARM,
         about=f"a warm start, second time {SECOND:g}",
         source=Claimed(notebook=_04, id="C4-bodies"),
+        same=lambda r: len(_stages(r)) > 1 and (_second(r) == SECOND or None),
     ),
     Lesson(
         about="half of the calls for it",
@@ -294,7 +296,7 @@ LESSONS = (
         about="more updates of the fake",
         source=Claimed(notebook=_03, id="P8"),
         does=lambda r: f"{_updates(r)} updates",
-        same=lambda r: _updates(r) > 1,
+        same=lambda r: _updates(r) >= 5,
         option=lambda r: "--set all.options.rival_updates=5",
     ),
     Lesson(
@@ -332,7 +334,7 @@ LESSONS = (
     replace(
         _REAL,
         about="real data, where the teacher is wrong",
-        source=Claimed(notebook=_05, id="P18"),
+        source=Claimed(notebook=_05, id="P20"),
     ),
 )
 """In the order of the recipe."""
@@ -368,9 +370,11 @@ def table(name: str = "turbo", *, figures: Path | None = None, size: int = 1024)
     return pd.DataFrame(rows).set_index("choice")
 
 
-def _follows(found: Found | None, same: bool) -> str:
+def _follows(found: Found | None, same: bool | None) -> str:
     if found is None:
         return ""
     if not found.speaks:
         return UNDECIDED
+    if same is None:
+        return PARTLY
     return "yes" if same == (found.speaks > 0) else "no"

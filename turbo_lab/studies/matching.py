@@ -14,7 +14,6 @@ from torch import Tensor
 from turbo_lab import claims as cl
 from turbo_lab import measure
 from turbo_lab.claims import Interval
-from turbo_lab.measure.views import chroma
 from turbo_lab.sampling import TEACHER_STEPS
 
 RATES = {"sign_read": "signs read", "whole_body": "whole bodies", "ghost_signs": "ghost signs"}
@@ -35,8 +34,6 @@ RELATIVE = {
 METRICS = {**RATES, **RELATIVE, **DISTRIBUTIONS, **MEANS}
 PARTS = {"heads": 1, "arms": 2, "legs": 2}
 """Counted parts of the body, and how many there are."""
-BINS = 64
-"""Of the chroma histograms, over [0, 1]."""
 REAL = 512
 """Real postcards behind the chroma reference."""
 _PER_IMAGE = ("saturation", "clipped", "contrast", "high_frequency_share", "hue_mode")
@@ -87,16 +84,9 @@ def measured(
     grids = [one.unflatten(0, (-1, noises)) for one in prompts]
     return Measured(
         values=values,
-        cdf=np.stack([chroma_cdf(one) for one in images]),
+        cdf=np.stack([measure.chroma_cdf(one).numpy() for one in images]),
         diversity=_stack([measure.pairwise_distance(g) for g in grids]) if grids else np.empty(0),
     )
-
-
-def chroma_cdf(images: Tensor) -> np.ndarray:
-    """Cumulative histogram of each image's pixel chroma ``[B, bins]``."""
-    pixels = chroma(images).flatten(1).clamp(0, 1)
-    rows = torch.stack([torch.histc(row, BINS, 0.0, 1.0) for row in pixels])
-    return (rows.cumsum(1) / pixels.shape[1]).numpy()
 
 
 # --- statistics ---------------------------------------------------------------------------------
@@ -164,6 +154,8 @@ def wide(
     families: Mapping[str, str],
     metrics: Sequence[str],
     titles: Mapping[str, str] = METRICS,
+    *,
+    steps: int | None = None,
 ) -> pd.DataFrame:
     """One row per family and steps, one column per metric, as ``value [low, high]``.
 
@@ -172,8 +164,11 @@ def wide(
         families: shown, with their titles.
         metrics: the columns.
         titles: of the metrics.
+        steps: of the students that are shown beside the teacher; None for all.
     """
     shown = rows[rows["metric"].isin(metrics) & rows["family"].isin(families)].copy()
+    if steps is not None:
+        shown = shown[shown["steps"].isna() | (shown["steps"] == steps)]
     shown["text"] = [f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in shown.itertuples()]
     shown["steps"] = shown["steps"].fillna(TEACHER_STEPS).astype(int)
     shown["student"] = [families[f] for f in shown["family"]]

@@ -26,6 +26,15 @@ LOWEST = -300.0
 TINY = 1e-110
 """Below it, a sum of scaled kernels is taken in logarithms, which is slow."""
 
+TITLES = {
+    "within": "within 3 sigma of a mode",
+    "covered": "modes covered",
+    "mode_rkl": "KL of mode shares from their weights",
+    "rkl": "KL(student || data)",
+    "fkl": "KL(data || student)",
+}
+"""Of what `measured` finds, in tables."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plane:

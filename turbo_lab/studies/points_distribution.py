@@ -14,7 +14,7 @@ from turbo_lab.claims import Claim, Interval, bootstrap, crossed_bootstrap
 from turbo_lab.point_students import CLOUD
 from turbo_lab.progress import progress
 from turbo_lab.studies.distribution import NOTEBOOK
-from turbo_lab.studies.points_density import measured
+from turbo_lab.studies.points_density import TITLES, measured
 from turbo_lab.studies.points_maps import outside
 from turbo_lab.studies.points_plane import WORLD, PlaneRuns, plane_runs
 from turbo_lab.studies.points_runs import (
@@ -27,6 +27,7 @@ from turbo_lab.studies.points_runs import (
     Runs,
     training_runs,
 )
+from turbo_lab.studies.points_runs import TITLES as VARIANT_TITLES
 from turbo_lab.studies.points_tilt import TiltRuns, place_of, tilt_runs
 from turbo_lab.testbeds.points import points
 
@@ -93,10 +94,11 @@ def floor(budget: Budget) -> pd.DataFrame:
 
 def summary(finished: pd.DataFrame, exact: pd.DataFrame) -> pd.DataFrame:
     """Means over seeds of `table`, and beside them those of as many exact data from `floor`."""
-    numbers = ["within", "covered", "mode_rkl", "mode_fkl", "rkl", "fkl"]
     data = exact[exact["n"] == exact["n"].max()].assign(variant="exact data", steps=0)
     both = pd.concat([finished, data])
-    return both.groupby(["world", "variant", "steps"], sort=False)[numbers].mean().sort_index()
+    both["variant"] = both["variant"].map({**VARIANT_TITLES, "exact data": "exact data"})
+    found = both.groupby(["world", "variant", "steps"], sort=False)[list(TITLES)].mean()
+    return found.sort_index().rename(columns=TITLES)
 
 
 # --- claims -------------------------------------------------------------------------------------
@@ -144,10 +146,10 @@ def _of_runs(runs: Runs, profile: str) -> list[Claim]:
               "within 3 sigma of a mode, 2 steps minus 1; least of 3 worlds",
               crossed_bootstrap(*second, statistic=_least), "above"),
         claim("P6", "Students fed with noised data end with fewer samples on modes", _DMD2,
-              "within 3 sigma of a mode, backward minus forward; least of 2 worlds",
+              "within 3 sigma of a mode, own states minus noised data; least of 2 worlds",
               crossed_bootstrap(*rollout, statistic=_least), "above"),
         claim("P7", "Students fed with noised data end further from the mode weights", _DMD2,
-              "KL of mode shares from their weights, forward minus backward; least of 2 worlds",
+              "KL of mode shares from their weights, noised data minus own; least of 2 worlds",
               crossed_bootstrap(*pairs, statistic=off, resamples=500, centred=True), "above"),
         claim("P8", "A fake that lags behind costs quality at equal network calls", _DMD2,
               "within 3 sigma of a mode, 5 updates of the fake minus 1",

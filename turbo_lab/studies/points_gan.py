@@ -22,6 +22,7 @@ from turbo_lab.progress import progress
 from turbo_lab.store import Store
 from turbo_lab.streams import noise
 from turbo_lab.studies.points_budget import PointBudget, PointRun, budgets
+from turbo_lab.studies.points_density import TITLES as DENSITY_TITLES
 from turbo_lab.studies.points_density import measured
 from turbo_lab.studies.points_gan_measures import (
     between,
@@ -228,8 +229,10 @@ def rho_of(who: str) -> float:
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """Means over seeds of `table`."""
-    numbers = ["to_truth", "to_teacher", "mode_rkl", "width", "within", "covered", "rkl", "fkl"]
-    return rows.groupby(["world", "student"], sort=False)[numbers].mean().round(3)
+    far = {"to_truth": "distance to the data", "to_teacher": "distance to the teacher"}
+    titles = {**far, "width": "width of modes, 1 for the data", **DENSITY_TITLES}
+    by = ["world", "student"]
+    return rows.groupby(by, sort=False)[list(titles)].mean().round(3).rename(columns=titles)
 
 
 def intervals(runs: Runs) -> pd.DataFrame:

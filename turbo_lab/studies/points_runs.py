@@ -35,6 +35,16 @@ VARIANTS: Mapping[str, Mapping[str, Option]] = MappingProxyType(
     }
 )
 """Options of DMD2 by which students differ."""
+TITLES: Mapping[str, str] = MappingProxyType(
+    {
+        "plain": "as usual",
+        "little noise": f"compared at t < {LITTLE_NOISE[1]:g}",
+        "forward": "noised data, not own states",
+        "rivals-1": "1 update of the fake",
+        **{f"rivals-{k}": f"{k} updates of the fake" for k in LAGS if k not in (1, 5)},
+    }
+)
+"""Of `VARIANTS`, in tables."""
 
 
 class Key(NamedTuple):

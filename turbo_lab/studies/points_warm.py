@@ -30,6 +30,7 @@ from turbo_lab.progress import progress
 from turbo_lab.store import Artefact, Store
 from turbo_lab.streams import generator, noise
 from turbo_lab.studies.points_budget import PointBudget, budgets
+from turbo_lab.studies.points_density import TITLES as DENSITY_TITLES
 from turbo_lab.studies.points_density import measured
 from turbo_lab.studies.points_maps import outside
 from turbo_lab.testbeds.points import points
@@ -210,9 +211,9 @@ def table(runs: Runs) -> pd.DataFrame:
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """Means over seeds of `table`."""
-    numbers = ["distance", "within", "covered", "mode_rkl", "rkl", "fkl"]
+    titles = {"distance": "distance from the end", **DENSITY_TITLES}
     by = ["world", "start", "when"]
-    return rows.groupby(by, sort=False)[numbers].mean().round(3)
+    return rows.groupby(by, sort=False)[list(titles)].mean().round(3).rename(columns=titles)
 
 
 def course(runs: Runs) -> pd.DataFrame:

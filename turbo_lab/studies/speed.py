@@ -298,7 +298,8 @@ def missing(speed: Speed, steps: int = 40) -> pd.DataFrame:
     picture through the network at once, and ``adapter``, what layers beside the weights cost.
 
     Returns:
-        Columns ``batch, way, missing, shared, adapter, other network, guidance, sampler, ends``.
+        Index ``batch, way`` (a value of `WAYS`), columns ``missing, shared, adapter, other network,
+        guidance, sampler, ends``.
     """
     found = parts(speed, steps).set_index(["batch", "who"])
     rows = []
@@ -313,8 +314,9 @@ def missing(speed: Speed, steps: int = 40) -> pd.DataFrame:
             rest = lost.drop("network")
             network = {"shared": shared, "adapter": adapter}
             network["other network"] = lost["network"] - shared - adapter
-            rows.append({"batch": batch, "way": way, "missing": lost.sum(), **network, **rest})
-    return pd.DataFrame(rows)
+            where = {"batch": batch, "way": WAYS[way]}
+            rows.append({**where, "missing": lost.sum(), **network, **rest})
+    return pd.DataFrame(rows).set_index(["batch", "way"])
 
 
 def claims(speed: Speed, *, notebook: str, profile: str) -> list[Claim]:

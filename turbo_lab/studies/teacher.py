@@ -269,7 +269,7 @@ def claims(steps: Sweep, guidance: Sweep, *, profile: str, keys: Sequence[str]) 
          "signs read, 2 minus 40 steps", less("sign_read"), "below", -0.1, len(moss)),
         ("T2", "Two naive steps break bodies", euler,
          "whole bodies, 2 minus 40 steps", less("whole_body"), "below", -0.1, len(moss)),
-        ("T3", "Two naive steps double or lose the sign", euler,
+        ("T3", "Two naive steps lose the sign", euler,
          "not exactly one sign, 2 minus 40 steps", less("sign_wrong"), "above", 0.1, len(moss)),
         ("T4", "Two naive steps flatten fine texture", euler,
          "moss band energy, 2 over 40 steps", flat, "below", 0.5, int(moss.sum())),

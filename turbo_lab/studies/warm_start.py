@@ -14,6 +14,7 @@ import pandas as pd
 from torch import Tensor
 
 from turbo_lab import claims as cl
+from turbo_lab import measure
 from turbo_lab.claims import Claim, Interval
 from turbo_lab.lab import Lab, Samples
 from turbo_lab.progress import progress
@@ -107,7 +108,7 @@ class Comparison:
     @cached_property
     def real_cdf(self) -> np.ndarray:
         """Cumulative chroma histogram of real postcards ``[bins]``."""
-        return matching.chroma_cdf(self.lab.testbed.real(matching.REAL)).mean(0)
+        return measure.chroma_cdf(self.lab.testbed.real(matching.REAL)).numpy().mean(0)
 
 
 def images_of(comparison: Comparison, family: str, *, prompts: bool = False) -> list[Tensor]:
