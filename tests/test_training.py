@@ -11,11 +11,13 @@ from pydantic import ValidationError
 
 from turbo_lab import recipes, training
 from turbo_lab.adapters import AdapterSize
+from turbo_lab.atomic import save_tensors
 from turbo_lab.errors import BadInput, MissingPiece
 from turbo_lab.fit import Record
 from turbo_lab.methods.flow import FlowMatching
 from turbo_lab.path import time_grid
-from turbo_lab.postcards import caption_tokens
+from turbo_lab.postcards import caption_tokens, draw_scenes
+from turbo_lab.postcards.captions import null_tokens
 from turbo_lab.recipes import RECIPES, Rates, Recipe, six_blocks, trajectory, turbo
 from turbo_lab.recipes.adversarial import AGAINST, CONTROL
 from turbo_lab.recipes.distribution import VARIANTS
@@ -60,6 +62,9 @@ def test_recipes_are_named_checked_and_keyed_by_everything_they_say() -> None:
             recipes.resolve(**wrong)  # type: ignore[arg-type]
     with pytest.raises((ValueError, BadInput), match="method"):
         recipes.Stage(method="magic", steps=1, rates={})
+    with pytest.raises((ValueError, BadInput), match=r"derivative='difference'.*use jvp"):
+        options = {"derivative": "difference"}
+        recipes.Stage(method="continuous", steps=1, rates={}, options=options, precision="bf16")
     with pytest.raises((ValueError, BadInput), match=r"busts=0\.7"):
         recipes.Stage(method="flow", steps=1, rates={}, posters=0.5, busts=0.7)
 
@@ -291,6 +296,41 @@ def test_pairs_are_the_teachers_samples_and_never_the_noise_that_is_measured(
     assert len(batch.x) == 3 and not torch.equal(batch.z, measured)
     again = training.workbench(direct, store).batches(Draw(seed=0, step=3, total=4, start=1))
     torch.testing.assert_close(again.x, batch.x, rtol=1e-4, atol=1e-5)  # pair 8 is pair 0
+
+
+def test_pairs_of_a_teacher_trained_again_are_drawn_again(
+    student: Recipe, tmp_path: Path, teachers: tuple[Path, ...]
+) -> None:
+    store = Store(cache=tmp_path, shipped=teachers)
+    whole = recipes.resolve("direct-1", profile="smoke")
+    same = {"net": student.net, "teacher": student.teacher, "adapter": student.adapter}
+    direct = whole.model_copy(update=same)
+    assert direct.teacher is not None
+    base = training.trained(direct.teacher, store=store)
+    draw = Draw(seed=0, step=0, total=2)
+    first = training.workbench(direct, store).batches(draw)
+
+    def shifted(folder: Path) -> None:
+        weights = {k: v + 0.1 for k, v in base.tensors().items()}
+        save_tensors(folder, "weights.safetensors", weights)
+
+    store.get_or_make(direct.teacher.artefact, direct.teacher.spec(), shifted, fresh=True)
+    again = training.workbench(direct, store).batches(draw)
+    assert torch.equal(first.z, again.z) and not torch.equal(first.x, again.x)
+
+
+def test_guidance_of_zero_is_the_null_caption_and_not_the_plain_teacher(
+    student: Recipe, tmp_path: Path, teachers: tuple[Path, ...]
+) -> None:
+    store = Store(cache=tmp_path, shipped=teachers)
+    stage = student.stages[0].model_copy(update={"guidance_scale": 0.0})
+    bench = training.workbench(student.model_copy(update={"stages": (stage,)}), store)
+    x, t = noise(LATENT_SHAPE, seed=0, stream="x", indices=range(2)), torch.full((2,), 0.5)
+    tokens = draw_scenes("eval", range(2)).tokens
+    guide, plain = bench.pieces["teacher"], bench.pieces["plain"]
+    null = null_tokens(1).expand_as(tokens)
+    torch.testing.assert_close(guide(x, t, tokens), plain(x, t, null))  # type: ignore[operator]
+    assert not torch.equal(plain(x, t, null), plain(x, t, tokens))  # type: ignore[operator]
 
 
 PLAIN = recipes.Stage(

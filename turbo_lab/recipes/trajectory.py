@@ -10,7 +10,7 @@ from typing import Literal
 from turbo_lab.adapters import AdapterSize
 from turbo_lab.errors import BadInput
 from turbo_lab.path import time_grid
-from turbo_lab.recipes.models import Family, Pairs, Profile, Rates, Recipe, Stage
+from turbo_lab.recipes.models import Family, Option, Pairs, Profile, Rates, Recipe, Stage
 from turbo_lab.recipes.teacher import GUIDANCE, early
 from turbo_lab.stock_times import student_times
 
@@ -95,10 +95,7 @@ def progressive(
     stages: list[Stage] = []
     for k, (before, steps) in enumerate(pairwise((teacher_steps, *chain))):
         substeps = -(-before // steps)  # the most that one student step spans
-        options: dict[str, float | int | str | tuple[float, ...]] = {
-            "steps": steps,
-            "teacher_steps": before,
-        }
+        options: dict[str, Option] = {"steps": steps, "teacher_steps": before}
         if k and (own := student_times(stages[-1])) != tuple(time_grid(before)[:-1].tolist()):
             options["teacher_times"] = own
         stage = _distill(

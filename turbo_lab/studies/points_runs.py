@@ -14,6 +14,7 @@ from torch import Tensor
 from turbo_lab.point_students import rival_recipe, trained
 from turbo_lab.progress import progress
 from turbo_lab.recipes import Profile
+from turbo_lab.recipes.models import Option
 from turbo_lab.store import Store
 from turbo_lab.studies.points_budget import PointBudget, PointRun
 from turbo_lab.studies.points_plane import PlaneBudget
@@ -25,7 +26,6 @@ LAGS = (1, 2, 5, 10)
 LITTLE_NOISE = (0.02, 0.3)
 ROLLOUT_WORLDS = ("grid25", "rare")
 
-Option = float | int | str | tuple[float, ...]
 VARIANTS: Mapping[str, Mapping[str, Option]] = MappingProxyType(
     {
         "plain": {},
