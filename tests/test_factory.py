@@ -153,6 +153,33 @@ def test_two_prompts_are_learnt_by_heart(
     assert moved == set(rates)
 
 
+def test_a_stage_leaves_its_average_and_every_player_of_the_next_starts_there(
+    factory_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, store = changed(job(factory_world, "progressive"), adapter=SMALL), Store(cache=tmp_path)
+    benches: list[factory.Bench] = []
+    honest = factory._bench
+
+    def bench(*given: Any) -> factory.Bench:
+        benches.append(honest(*given))
+        return benches[-1]
+
+    monkeypatch.setattr(factory, "_bench", bench)
+    kept = factory.trained(work, store=store).tensors()
+    players = benches[0].players
+    assert players.keys() == {"student", "average", "before"}
+    ends = {name: player.state_dict() for name, player in players.items()}
+    assert all(torch.equal(ends["average"][k], v) for k, v in kept.items())
+    assert any(not torch.equal(ends["student"][k], v) for k, v in kept.items())
+    before = store.find(work.artefact, work.specs()[0])
+    assert before is not None
+    fresh = honest(work, store).players
+    factory._go_on(fresh, work.recipe.stages[1], before)
+    for player in fresh.values():
+        start = player.state_dict()
+        assert all(torch.equal(start[k], v) for k, v in before.tensors().items())
+
+
 @pytest.mark.parametrize(("name", "killed_at"), [("progressive", 5), ("dmd2-2", 3)])
 def test_a_killed_training_ends_as_one_that_was_not(
     factory_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, killed_at: int

@@ -102,6 +102,16 @@ def test_fit_equals_a_hand_written_loop() -> None:
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
+def test_an_averages_decay_rises_until_it_is_the_one_that_was_asked_for() -> None:
+    student, shadow, average = net(), net(), net()
+    records = run(student, 6, shadows=[Shadow(of="student", average=shadow, decay=0.2)])
+    for decay, _ in zip((0.1, 2 / 11, 0.2, 0.2, 0.2, 0.2), records, strict=True):
+        for p, q in zip(average.parameters(), student.parameters(), strict=True):
+            p.data.lerp_(q.data, 1 - decay)
+    for p, q in zip(shadow.parameters(), average.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
 def test_micro_batches_accumulate_to_the_same_gradient() -> None:
     whole, parts = net(), net()
     a, b = list(run(whole, 5)), list(run(parts, 5, micro_batches=3))

@@ -147,6 +147,19 @@ def test_an_anchored_first_step_is_left_to_its_anchor() -> None:
     assert ("anchor",) in seen and len(seen) == 2
 
 
+def test_the_critic_hears_the_conditions_of_the_side_it_looks_at() -> None:
+    heard: list[Tensor] = []
+
+    class Listener(Voter):
+        def votes(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:  # type: ignore[override]
+            heard.append(c)
+            return super().votes(x_t, t, c)
+
+    gan(critic=Listener(), real=ones).critic_loss(gaussian_batches(DRAW), DRAW)
+    real, made = heard
+    assert bool((real == 1).all()) and bool((made == 0).all())
+
+
 # --- the student's part -------------------------------------------------------------------------
 
 

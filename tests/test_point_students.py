@@ -33,6 +33,7 @@ from turbo_lab.recipes import Pairs, Rates, Stage
 from turbo_lab.store import Store
 from turbo_lab.streams import Draw
 from turbo_lab.testbeds.points import points
+from turbo_lab.training import Workbench
 
 TWO = mixture(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), 0.2, torch.tensor([0.3, 0.7]))
 
@@ -102,6 +103,23 @@ def test_what_is_in_the_store_is_not_trained_again(
     for recipe, before in zip(recipes, first, strict=True):
         assert torch.equal(weights(distilled(recipe, store=store)), before)
     base_field(profile="smoke", store=store)
+
+
+def test_an_artefact_holds_the_average_and_not_the_last_weights(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benches: list[Workbench] = []
+
+    def kept_bench(*given: Any) -> Workbench:
+        benches.append(workbench(*given))
+        return benches[-1]
+
+    monkeypatch.setattr(point_students, "workbench", kept_bench)
+    kept = trained(base_recipe(profile="smoke"), store=store).tensors()
+    average, student = (p.state_dict() for p in (benches[0].average, benches[0].student))
+    assert kept.keys() == average.keys()
+    assert all(torch.equal(v, average[k].half()) for k, v in kept.items())
+    assert any(not torch.equal(v, student[k].half()) for k, v in kept.items())
 
 
 def test_a_chain_goes_on_from_its_last_stage(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

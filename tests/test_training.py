@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +103,24 @@ def test_an_artefact_tells_where_it_comes_from_and_replays(recipe: Recipe, tmp_p
     assert training.replay(recipe, artefact, store) == trace
     assert len(trace.first) == len(trace.last) == training.TRACE_STEPS
     assert sum(trace.last) < sum(trace.first)  # it learnt something
+
+
+def test_an_artefact_holds_the_average_and_not_the_last_weights(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benches: list[training.Workbench] = []
+    honest = training.workbench
+
+    def workbench(*given: Any, **options: Any) -> training.Workbench:
+        benches.append(honest(*given, **options))
+        return benches[-1]
+
+    monkeypatch.setattr(training, "workbench", workbench)
+    kept = training.trained(recipe, store=Store(cache=tmp_path)).tensors()
+    average, student = (p.state_dict() for p in (benches[0].average, benches[0].student))
+    assert kept.keys() == average.keys()
+    assert all(torch.equal(v, average[k].half()) for k, v in kept.items())
+    assert any(not torch.equal(v, student[k].half()) for k, v in kept.items())
 
 
 def test_a_replay_notices_code_that_changed_its_meaning(

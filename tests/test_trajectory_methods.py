@@ -7,6 +7,7 @@ from math import inf, nan
 
 import pytest
 import torch
+from dmd2_world import Recorded
 from gaussian_world import (
     MEAN,
     STD,
@@ -28,7 +29,7 @@ from turbo_lab.methods.flow import FlowMatching
 from turbo_lab.methods.kinds import HUBER, TrainableField, euler, heun, pseudo_huber, squared, walk
 from turbo_lab.methods.progressive import Progressive
 from turbo_lab.optimisers import Optimiser
-from turbo_lab.path import mix, time_grid
+from turbo_lab.path import mix, shift_time, time_grid
 from turbo_lab.postcards.captions import null_tokens
 from turbo_lab.sample import final, sample
 from turbo_lab.streams import Draw
@@ -130,6 +131,17 @@ def test_a_student_that_lands_where_the_teacher_lands_has_no_loss(
     own = torch.tensor(sorted(times, reverse=True))
     torch.testing.assert_close(
         final(sample(Chord(), own, z)), final(sample(TEACHER, grid, z)), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_teacher_with_times_of_its_own_is_asked_at_them() -> None:
+    teacher = Recorded(TEACHER)
+    method = Progressive(
+        student=GaussianField(), teacher=teacher, steps=1, teacher_steps=2, teacher_times=(1.0, 0.4)
+    )
+    method.loss(gaussian_batches(DRAW), DRAW)
+    assert torch.equal(
+        torch.stack([t for _, t in teacher.calls]), torch.tensor([[1.0], [0.4]]).expand(2, 64)
     )
 
 
@@ -256,6 +268,39 @@ def test_the_surrogate_has_the_gradient_of_the_consistency_it_stands_for() -> No
     torch.testing.assert_close((ours - theirs) / h, change, rtol=2e-2, atol=2e-2)
 
 
+def test_halfway_through_the_warm_up_half_of_the_derivative_counts() -> None:
+    method = ContinuousConsistency(student=GaussianField(0.3, 1.3), teacher=TEACHER)
+    x, c = gaussian_batches(DRAW)[:2]
+    none, half, full = (method.tangent(x, torch.full((64,), 0.6), c, r) for r in (0.0, 0.5, 1.0))
+    torch.testing.assert_close(half, (none + full) / 2)
+    assert not torch.allclose(none, full)
+
+
+def test_the_warm_up_is_over_when_it_is_and_kappa_softens_the_normalisation() -> None:
+    batch, late = gaussian_batches(DRAW), Draw(seed=3, step=400, total=64)
+
+    def terms(warmup: int) -> dict[str, Tensor]:
+        student = GaussianField(0.3, 1.3)
+        options = {"warmup": warmup, "kappa": 0.7}
+        method = ContinuousConsistency(student=student, teacher=TEACHER, **options)  # type: ignore[arg-type]
+        return method.loss(batch, late)
+
+    over, size = terms(100), terms(0)["tangent"]
+    assert torch.equal(over["tangent"], size)
+    torch.testing.assert_close(over["surrogate"], (size / (size + 0.7)) ** 2)
+
+
+def test_continuous_training_times_are_shifted() -> None:
+    teacher, draw = Recorded(TEACHER), Draw(seed=0, step=0, total=4000)
+    method = ContinuousConsistency(
+        student=GaussianField(), teacher=teacher, time_mean=0.4, shift=3.0
+    )
+    method.loss(gaussian_batches(draw), draw)
+    ((_, t),) = teacher.calls
+    middle = shift_time(torch.tensor(0.4).sigmoid(), 3.0)
+    assert float(t.median()) == pytest.approx(float(middle), abs=0.01)
+
+
 # --- direct -------------------------------------------------------------------------------------
 
 
@@ -271,6 +316,13 @@ def test_direct_is_zero_for_the_exact_map_and_flows_through_every_step() -> None
     torch.testing.assert_close(got, by_hand)
     with pytest.raises(BadInput, match="pairs"):
         Direct(student=student, steps=2).loss(gaussian_batches(DRAW), DRAW)
+
+
+def test_a_direct_students_steps_are_shifted() -> None:
+    student = Recorded(GaussianMap())
+    Direct(student=student, steps=2, shift=3.0).loss(gaussian_pairs(DRAW), DRAW)  # type: ignore[arg-type]
+    times = time_grid(2, shift=3.0)[:-1]
+    assert torch.equal(torch.stack([t for _, t in student.calls]), times[:, None].expand(2, 64))
 
 
 # --- all of them --------------------------------------------------------------------------------
