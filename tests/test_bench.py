@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -267,12 +268,23 @@ def test_repeats_are_checked_before_anything_is_built() -> None:
         measure([CASES["flow"]], repeats=0)
 
 
-def test_the_bar_is_the_ratio_of_a_consistency_step_to_its_passes(
+def test_the_bars_are_the_ratios_of_their_own_last_stages_to_their_passes(
     measured: Report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "measure", lambda of, **_: measured)
+    ratios = {
+        "consistency": Interval(value=0.25, low=0.2, high=0.3),
+        "dmd2-2": Interval(value=1.2, low=1.1, high=1.3),
+    }
+
+    def of_the_last(of: Sequence[Recipe], **_: object) -> Report:
+        row = replace(measured.rows[-1], name=of[-1].name, to_passes=ratios[of[-1].name])
+        return replace(measured, rows=(measured.rows[0], row))
+
+    monkeypatch.setattr(train, "measure", of_the_last)
     found = list(bars.BARS["bench"]())
     assert [bar.name for bar in found] == ["bench.consistency_step", "bench.dmd2_step"]
-    for bar in found:
-        assert (bar.value, bar.limit, bar.ok) == (0.25, 1.10, True)
-        assert bar.interval is not None
+    assert [bar.interval for bar in found] == list(ratios.values())
+    assert [(bar.value, bar.limit, bar.ok) for bar in found] == [
+        (0.25, 1.10, True),
+        (1.2, 1.10, False),
+    ]

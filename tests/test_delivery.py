@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,6 +81,15 @@ def test_an_import_is_an_artefact_that_can_be_exported_again(
         assert said in text
 
 
+@pytest.mark.parametrize(("name", "eta"), [("renoising", 1.0), ("published times", 0.0)])
+def test_who_renoises_still_does_when_taken_back(
+    world: World, shapes: Shapes, name: str, eta: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("turbo_lab.lora_import.postcard_linears", lambda _: shapes)
+    assert world.students[name].eta == eta
+    assert incoming(world.lora(name, "diffusers"), testbed="postcards").eta == eta
+
+
 def test_times_of_published_files_are_known_by_their_names(
     shapes: Shapes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +148,10 @@ def test_the_header_says_what_it_is_and_how_to_sample_it(world: World) -> None:
     assert (said["lora_rank"], said["lora_alpha"]) == ("3", "6")
     assert said["commit"] == (student.artefact.card["commit"] or "")
     assert wanted_by(said).sigmas == (1.0, 0.7155)
+    beside = world.place("published times", "diffusers") / "scheduler_config.json"
+    config = json.loads(beside.read_text("utf-8"))
+    shift = math.exp(config["base_shift"])
+    assert json.loads(said["shift"]) == pytest.approx(shift) == pytest.approx(0.7155 / 0.2845)
     explicit = opened(world.lora("explicit sigmas", "diffusers")).metadata
     assert explicit["shift"] == explicit["terminal"] == "null"
     assert "sigmas=[1, 0.8824, 0.7143, 0.4545]" in explicit["usage"]

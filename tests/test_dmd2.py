@@ -196,15 +196,18 @@ def test_one_step_is_drawn_for_the_whole_batch_and_every_step_comes() -> None:
 
 
 def test_the_student_and_the_fake_are_asked_within_their_own_times() -> None:
-    teacher, fake = Recorded(TEACHER), GaussianField()
-    method = build(
-        GaussianMap(), fake=fake, teacher=teacher, noise_range=(0.3, 0.5), noise_shift=5.0
-    )
+    teacher, fake = Recorded(TEACHER), Recorded(GaussianField())
+    ranges = {"noise_range": (0.3, 0.5), "fake_range": (0.2, 0.9)}
+    shifts = {"noise_shift": 2.0, "fake_shift": 5.0}
+    method = build(GaussianMap(), fake=fake, teacher=teacher, **ranges, **shifts)  # type: ignore[arg-type]
     draw = Draw(seed=0, step=0, total=4000)
     method.student_loss(gaussian_batches(draw), draw)
-    (_, t), *_ = teacher.calls
-    assert 0.3 <= float(t.min()) < 0.31 and 0.49 < float(t.max()) <= 0.5
-    assert float(t.median()) == pytest.approx(0.3 + 0.2 * 5 / 6, abs=0.005)
+    method.fake_loss(gaussian_batches(draw), draw)
+    (_, students), (_, fakes) = fake.calls
+    assert torch.equal(students, teacher.calls[0][1])
+    for t, low, high, middle in ((students, 0.3, 0.5, 2 / 3), (fakes, 0.2, 0.9, 5 / 6)):
+        assert low <= float(t.min()) < low + 0.01 and high - 0.01 < float(t.max()) <= high
+        assert float(t.median()) == pytest.approx(low + (high - low) * middle, abs=0.005)
 
 
 # --- who learns, and when -----------------------------------------------------------------------

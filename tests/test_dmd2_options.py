@@ -107,6 +107,15 @@ def test_the_two_parts_have_their_own_times_noise_and_divisors() -> None:
     torch.testing.assert_close(watched["gap"], gap.square().mean(1).sqrt().detach())
 
 
+def test_the_guidance_part_is_shifted_as_the_students_noise_is() -> None:
+    plain, draw = Recorded(TEACHER), Draw(seed=0, step=0, total=4000)
+    shifts = {"noise_shift": 5.0, "fake_shift": 1.0}
+    method = build(GaussianMap(), plain=plain, guidance_range=(0.5, 0.9), **shifts)
+    method.student_loss(gaussian_batches(draw), draw)
+    (_, (_, t)) = plain.calls
+    assert float(t.median()) == pytest.approx(0.5 + 0.4 * 5 / 6, abs=0.01)
+
+
 def test_at_equal_times_the_two_parts_add_up_to_guidance_inside_the_teacher() -> None:
     w = 4.0
     conditional, unconditional = GaussianField(2.2, 0.4), GaussianField(0.5, 1.0)

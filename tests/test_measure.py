@@ -14,7 +14,6 @@ import pandas as pd
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
-from scipy.spatial.distance import pdist
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from turbo_lab.measure.corruptions import add_ghosts
 from turbo_lab.measure.views import hue_degrees
 from turbo_lab.postcards import SIZE, Scenes, draw_scenes, render
 from turbo_lab.postcards.captions import GROUNDS, null_tokens
+from turbo_lab.postcards.scenes import PARTS
 from turbo_lab.streams import generator
 
 FRESH_BAR, NOISY_BAR, EDIT_BAR = 0.995, 0.985, 0.99
@@ -53,15 +53,6 @@ def gained(images: Tensor, gain: float) -> Tensor:
     weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
     grey = (images * weights).sum(1, keepdim=True)
     return grey + gain * (images - grey)
-
-
-def phase_scrambled(images: Tensor) -> Tensor:
-    """Keep every amplitude of the Fourier transform, draw the phases anew."""
-    shape = (len(images), 1, *images.shape[2:])
-    phases = torch.fft.rfft2(torch.randn(shape, generator=generator(0, "phases")))
-    turn = phases / phases.abs()
-    turn[:, :, 0, 0] = 1
-    return torch.fft.irfft2(torch.fft.rfft2(images) * turn, s=images.shape[2:])
 
 
 def shown(title: str, table: pd.DataFrame) -> pd.Series:
@@ -148,6 +139,23 @@ def test_two_half_figures_are_not_a_body() -> None:
     assert seen["sign_read"].float().mean() < 0.05
 
 
+def test_two_legs_on_one_side_are_not_a_whole_body(scenes: Scenes) -> None:
+    left, right = PARTS.index("left leg"), PARTS.index("right leg")
+
+    def drawn(parts: list[int], degrees: float) -> Tensor:
+        kept = scenes.parts.clone()
+        kept[:, [left, right]] = 0
+        kept[:, parts] = 1
+        angles = torch.full_like(scenes.leg_angles, math.radians(degrees))
+        return render(replace(scenes, parts=kept, leg_angles=angles))
+
+    near, far, none = drawn([left], 6), drawn([left], 60), drawn([], 0)
+    body = measure.read_bodies(torch.where((far != none).any(1, keepdim=True), far, near))
+    other = measure.read_bodies(drawn([left, right], 25))
+    assert (body.legs == 2).float().mean() > 0.99 and not body.whole.any()
+    assert other.whole.float().mean() > 0.99
+
+
 # Colour
 
 
@@ -164,6 +172,14 @@ def test_garment_colour_is_the_drawn_one(scenes: Scenes, reading: measure.Readin
     assert torch.allclose(reading.garment.value, scenes.value, atol=0.02)
 
 
+def test_a_garment_that_is_nearly_grey_has_no_hue(scenes: Scenes) -> None:
+    for saturation, expected in ((0.3, torch.tensor(-1)), (0.68, scenes.hue_mode)):
+        faded = replace(scenes, saturation=torch.full_like(scenes.saturation, saturation))
+        garment = measure.read(render(faded)).garment
+        assert garment.saturation.mean() == pytest.approx(saturation, abs=0.02)
+        assert (garment.mode == expected).float().mean() > 0.99
+
+
 @pytest.mark.parametrize("lost", range(6))
 def test_hue_kl_of_a_lost_mode_has_its_closed_form(lost: int) -> None:
     truth = measure.hue_truth()
@@ -173,6 +189,17 @@ def test_hue_kl_of_a_lost_mode_has_its_closed_form(lost: int) -> None:
     expected = -math.log(float(1 - truth[lost]) * 0.99)
     assert measure.hue_kl(modes) == pytest.approx(expected, abs=1e-5)
     assert measure.mode_coverage(modes) == pytest.approx(float(1 - truth[lost]), abs=1e-6)
+
+
+def test_a_mode_is_covered_from_a_quarter_of_its_share() -> None:
+    truth = measure.hue_truth()
+    for share, found in ((0.24, 1 - float(truth[0])), (0.26, 1.0)):
+        counts = (truth * 10_000).round().long()
+        few = round(share * int(counts[0]))
+        counts[1] += counts[0] - few
+        counts[0] = few
+        modes = torch.arange(6).repeat_interleave(counts)
+        assert measure.mode_coverage(modes) == pytest.approx(found, abs=1e-6)
 
 
 def test_hue_kl_of_real_images_is_near_its_floor(reading: measure.Reading) -> None:
@@ -264,7 +291,7 @@ def test_white_noise_has_a_flat_spectrum() -> None:
 
 def test_phase_scramble_keeps_spectra_and_moves_patches(images: Tensor) -> None:
     a, b = images[:300], images[300:]
-    scrambled = phase_scrambled(a)
+    scrambled = measure.scrambled(a)
     amplitude = torch.fft.rfft2(a).abs()
     assert torch.allclose(torch.fft.rfft2(scrambled).abs(), amplitude, rtol=1e-2, atol=1e-2)
     everywhere = torch.ones(300, 32, 32, dtype=torch.bool)
@@ -311,14 +338,6 @@ def test_sliced_wasserstein_in_one_dimension_is_scipys() -> None:
 
 
 # Coverage, report, errors
-
-
-def test_pairwise_distance_is_scipys() -> None:
-    samples = torch.randn(4, 6, 3, 5, generator=generator(0, "pairs"))
-    expected = [pdist(rows.flatten(1).numpy()).mean() / 15**0.5 for rows in samples]
-    assert torch.allclose(
-        measure.pairwise_distance(samples), torch.tensor(expected).float(), rtol=1e-5
-    )
 
 
 def test_report_has_one_value_per_image(

@@ -86,14 +86,6 @@ def test_jumping_from_edge_to_edge_is_sampling_without_noise(phases: int) -> Non
     assert torch.equal(x, final(sample(student, method.sampler, z, eta=0.0)))
 
 
-def test_a_prediction_at_the_edge_is_the_identity_whatever_the_network_says() -> None:
-    wild = nn.Linear(3, 3)
-    method = Consistency(student=GaussianMap(), teacher=TEACHER, edges=phase_edges(3, 2.5))
-    for s in method.sampler[1:]:
-        at, x = s.expand(5), torch.randn(5, 3)
-        assert torch.equal(method.jump(lambda x_t, t, c: wild(x_t), x, at, at, None), x)
-
-
 def test_one_phase_is_consistency_bit_for_bit() -> None:
     """Against the algorithm of consistency distillation, where f is the clean image."""
     student, batch = GaussianMap(1.2, 0.5), gaussian_batches(DRAW)

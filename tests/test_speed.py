@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -150,8 +151,12 @@ def test_figures_draw_every_pair_of_sides() -> None:
 
 
 def test_intervals_are_those_of_the_pairs() -> None:
-    made = _made({TOGETHER: 1.5, APART: 2.0, speed.FUSED: 1.0, speed.ATTACHED: 1.25})
-    assert made.ratio(1, 50) == Interval(value=30.2, low=30.2, high=30.2)
+    one, two, three = (
+        _made({TOGETHER: seconds, APART: 2.0, speed.FUSED: 1.0, speed.ATTACHED: 1.25})
+        for seconds in (1.0, 1.5, 3.0)
+    )
+    made = replace(one, pairs=one.pairs + two.pairs + three.pairs)
+    assert made.ratio(1, 50) == Interval(value=30.2, low=20.2, high=60.2)
 
 
 def test_budgets_have_the_batch_sizes_of_the_claim() -> None:

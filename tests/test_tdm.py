@@ -72,6 +72,19 @@ def test_from_a_clean_image_it_is_flow_matching() -> None:
     torch.testing.assert_close(w, torch.ones_like(w))
 
 
+def test_the_loss_of_the_fake_is_weighed_by_what_the_push_added() -> None:
+    """At s = 0.6 and t = 0.8, a is 1/2: b² = 0.8² - 0.3², and w is that over t²."""
+    _, w = velocity_from(torch.zeros(1, 1).double(), 0.6, 0.8, torch.zeros(1, 1).double())
+    assert w.item() == pytest.approx(0.55 / 0.64)
+    fake, draw = GaussianField(2.0, 0.9), draw_of_step(0, 2)
+    method, batch = build(PhaseMap(), fake), gaussian_batches(draw)
+    state = method.predict(batch, draw, 0)
+    x_t, t, eps = method.noised(state, draw)
+    goal, w = velocity_from(state.x, state.u, t, eps)
+    expected = (w * (fake(x_t, t, batch.c) - goal) ** 2).mean(1)
+    torch.testing.assert_close(method.fake_loss(batch, draw)["velocity"], expected)
+
+
 def test_one_step_is_dmd2_at_equal_draws() -> None:
     student, fake = GaussianMap(2.0, 1.1), GaussianField(1.8, 0.9)
     ours = build(student, fake, times=(1.0,), margin=0.05, noise_shift=3.0)
