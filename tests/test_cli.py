@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import nbformat
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from turbo_lab import doctor
 from turbo_lab.cli import app
+from turbo_lab.errors import StoreWarning, TurboLabError
 from turbo_lab.store import Store
 
 
@@ -59,7 +61,9 @@ def test_help_names_every_command() -> None:
         (["figures", "-p", "seed"], "parameter='seed' is not allowed: write name=value"),
         (["figures", "-p", "seed=x"], "seed='x' is not allowed: use an integer of at least 0"),
         (["figures", "-p", "sede=1"], "did you mean seed?"),
-        (["figures", "--jobs", "-1"], "use integers of at least 0"),
+        (["figures", "--jobs", "-1"], "jobs=-1 is not allowed: use an integer of at least 0"),
+        (["figures", "-p", "size=abc"], "use text of the form"),
+        (["export", "lora", "0123456789ab", "--out", "x.safetensors", "--seed", "5"], "seed='5'"),
         (["train", "teacher", "--profile", "fast"], "profile='fast' is not allowed"),
         (["train", "teacher", "--seed", "-1"], "seed=-1 is not allowed"),
         (["train", "teacher", "--size", "512"], "size='512' is not allowed: it is for qwen_image"),
@@ -165,6 +169,39 @@ def test_qwen_image_is_planned_where_it_is_not(
 def test_usage_errors_end_with_2() -> None:
     assert CliRunner().invoke(app, ["figures", "--prfile", "quick"]).exit_code == 2
     assert CliRunner().invoke(app, ["paint"]).exit_code == 2
+
+
+def test_a_variable_that_names_no_folder_is_one_sentence(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for wrong, why in (("~nosuchuser/x", "no such user"), ("a" * 300, "no folder can be there")):
+        monkeypatch.setenv("TURBO_LAB_CACHE", wrong)
+        result = CliRunner().invoke(app, ["artifacts"])
+        assert result.exit_code == 2 and why in result.stderr
+        assert result.stderr.startswith("turbo-lab: TURBO_LAB_CACHE=")
+
+
+def test_a_stopped_training_says_what_is_kept(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt("Stopped at step 6: a checkpoint was written; run again.")
+
+    monkeypatch.setattr("turbo_lab.runner.run", stopped)
+    result = CliRunner().invoke(app, ["figures"])
+    assert result.exit_code == 130
+    assert result.stderr == "turbo-lab: Stopped at step 6: a checkpoint was written; run again.\n"
+
+
+def test_what_the_store_found_is_said_without_a_line_of_code(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(*_: object, **__: object) -> None:
+        warnings.warn("Another process is making it; waiting.", StoreWarning, stacklevel=2)
+        raise TurboLabError("It ends here.")
+
+    monkeypatch.setattr("turbo_lab.runner.run", found)
+    result = CliRunner().invoke(app, ["figures"])
+    said = ["turbo-lab: Another process is making it; waiting.", "turbo-lab: It ends here."]
+    assert result.stderr.splitlines() == said
 
 
 def test_what_is_missing_ends_with_1(empty: Path) -> None:

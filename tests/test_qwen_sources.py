@@ -13,6 +13,7 @@ import torch
 
 from turbo_lab import factory_plan
 from turbo_lab.errors import BadInput, MissingPiece
+from turbo_lab.factory_plan import _texts
 from turbo_lab.testbeds.qwen_buckets import square
 from turbo_lab.testbeds.qwen_pictures import check_pictures, file_hash, fitted
 from turbo_lab.testbeds.qwen_sources import is_sharded, read_column, read_prompts, read_shards
@@ -111,6 +112,8 @@ def test_prompt_files_are_read_and_refused_in_one_sentence(tmp_path: Path) -> No
     file.write_text("\n")
     with pytest.raises(BadInput, match="it is empty"):
         read_prompts(file)
+    file.write_bytes("\ufeffa cat\n".encode())
+    assert read_prompts(file) == ("a cat",)
     for wrong in (tmp_path / "nowhere.txt", tmp_path):
         with pytest.raises(BadInput, match="name a UTF-8 text file with one prompt per line"):
             read_prompts(wrong)
@@ -127,6 +130,16 @@ def test_other_encodings_are_refused_at_their_first_bad_byte(tmp_path: Path, nam
         f"prompts={str(file)!r} is not allowed: "
         "it is not UTF-8 from byte 31 (0xF6, on line 3) on; name a "
     )
+
+
+def test_tables_are_told_by_their_names_whatever_the_case(tmp_path: Path) -> None:
+    table = tmp_path / "T.CSV"
+    table.write_text("prompt,x\na cat,1\n")
+    assert _texts(table, "", ()) == ("a cat",)
+    for name in ("t.tsv", "t.json"):
+        (tmp_path / name).write_text("prompt\tx\na cat\t1\n")
+        with pytest.raises(BadInput, match="make it a"):
+            _texts(tmp_path / name, "", ())
 
 
 def test_prompts_are_a_column(tmp_path: Path) -> None:

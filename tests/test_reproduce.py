@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from turbo_lab import places, reproduce, runner
-from turbo_lab.errors import BadInput
+from turbo_lab.errors import BadInput, MissingPiece, StoreError
 from turbo_lab.recipes import EARLY, resolve
 from turbo_lab.run_one import Outcome
 from turbo_lab.store import Store, atomic_folder
@@ -102,6 +103,32 @@ def test_a_run_that_cannot_start_removes_nothing(
     with pytest.raises(BadInput):
         reproduce.reproduce(**{"only": ["01"], **wrong})
     assert (found[0].cache / "trained").is_dir()
+
+
+def test_a_run_without_its_device_or_beside_another_removes_nothing(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Store] = []
+    monkeypatch.setattr(runner, "run", notebooks(found))
+    reproduce.reproduce(only=["01"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MissingPiece, match="cuda"):
+        reproduce.reproduce(only=["01"], device="cuda")
+    with (
+        reproduce._alone(places.run_dir("reproduce") / "quick"),
+        pytest.raises(StoreError, match="Another process is reproducing quick"),
+    ):
+        reproduce.reproduce(only=["01"])
+    assert (found[0].cache / "trained").is_dir()
+    reproduce.reproduce(only=["01"])  # once the other has ended
+
+
+def test_claims_of_a_notebook_that_failed_are_not_called_changed(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "run", notebooks([], problem="killed"))
+    _, changed = reproduce.reproduce(only=["01"])
+    assert changed == []
 
 
 def test_what_is_kept_lies_in_the_store_as_it_was_shipped(

@@ -166,6 +166,8 @@ def test_a_family_and_the_key_of_its_artefact_draw_the_same(
         ([ONE, "--out", "picture.jpg"], "out='picture.jpg' is not allowed: name a .png file"),
         ([ONE, "--out", "nowhere/x.png"], "its folder must exist"),
         ([ONE, "--out", "folder.png"], "it is a folder"),
+        ([ONE, "--out", f"{'a' * 260}.png"], "nothing can be written there (File name too long)"),
+        ([ONE, "--out", "/proc/x.png"], "nothing can be written there"),
         ([ONE, "--student", "dmd9"], "student='dmd9' is not allowed"),
         ([ONE, "--student", "direct", "--steps", "3"], "steps=3 is not allowed"),
         ([ONE, "--student", "dmd2", "--guidance", "2"], "has its guidance distilled in"),
@@ -187,6 +189,16 @@ def test_wrong_input_is_one_sentence_before_anything_is_loaded(
     assert said in result.stderr
     assert result.stderr.count("\n") == 1 and result.stdout == ""
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_is_not_finite_is_no_picture(bench: Lab, tmp_path: Path) -> None:
+    with torch.no_grad():
+        next(bench.testbed.net.parameters()).fill_(torch.nan)
+    result = CliRunner().invoke(
+        app, ["sample", ONE, "--steps", "1", "--out", str(tmp_path / "x.png")]
+    )
+    assert result.exit_code == 1 and "not finite" in result.stderr
+    assert not (tmp_path / "x.png").exists()
 
 
 def test_a_picture_is_written_whole_or_not_at_all(

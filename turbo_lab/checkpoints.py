@@ -21,7 +21,7 @@ from turbo_lab.atomic import (
     save_tensors,
     sweep,
 )
-from turbo_lab.errors import BadInput
+from turbo_lab.errors import BadInput, StoreWarning
 from turbo_lab.keys import canonical
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Checkpoints:
             except Damaged as error:
                 moved = quarantine(path, self.folder)
                 text = f"{error} The checkpoint was moved to {moved}."
-                warnings.warn(text, stacklevel=2)
+                warnings.warn(text, StoreWarning, stacklevel=2)
         return None
 
     def clear(self) -> None:

@@ -15,7 +15,6 @@ from turbo_lab.cli_options import (
     DeviceOption,
     FreshOption,
     ProfileOption,
-    SeedOption,
     check_profile_and_seed,
     only_for,
     say,
@@ -25,7 +24,7 @@ from turbo_lab.cli_train import train
 from turbo_lab.errors import BadInput, TurboLabError
 
 if TYPE_CHECKING:
-    from turbo_lab.notebook_params import Profile
+    from turbo_lab.recipes import Profile
 
 
 class Spoken(TyperGroup):
@@ -36,6 +35,10 @@ class Spoken(TyperGroup):
         try:
             with _spoken_warnings():
                 return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            if str(stop):  # of a training: where it stopped, and what is kept
+                typer.echo(f"turbo-lab: {stop}", err=True)
+            raise typer.Exit(130) from None
         except TurboLabError as error:
             typer.echo(f"turbo-lab: {error}", err=True)
             raise typer.Exit(2 if isinstance(error, BadInput) else 1) from None
@@ -119,17 +122,20 @@ def export_lora(
     steps: Annotated[
         int | None, typer.Option(help="Of its sampler; 2 if it could have several.")
     ] = None,
-    profile: ProfileOption = "quick",
-    seed: SeedOption = 0,
+    profile: Annotated[str | None, typer.Option(help="Of its training; quick.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of its training; 0.")] = None,
     format: Annotated[str, typer.Option(help="Key names: diffusers or comfyui.")] = "diffusers",
     dtype: Annotated[
         str, typer.Option(help="stored (every bit), float32, float16 or bfloat16.")
     ] = "stored",
 ) -> None:
     """Write a LoRA for diffusers or ComfyUI, and the scheduler_config.json that samples it."""
-    check_profile_and_seed(profile, seed)
     from turbo_lab import delivery, lora_export
 
+    if delivery.is_key(student):
+        only_for("a family of students", "a key", {"profile": profile, "seed": seed})
+    profile, seed = "quick" if profile is None else profile, seed or 0
+    check_profile_and_seed(profile, seed)
     chosen = delivery.delivery(student, steps=steps, profile=cast("Profile", profile), seed=seed)
     done = lora_export.export_lora(chosen, out, format=format, dtype=dtype)
     typer.echo(f"{done.lora}\n{done.scheduler}\n{done.call}")

@@ -80,7 +80,7 @@ def delivery(
         MissingPiece: the family's student has not been trained.
     """
     store = store or Store.default()
-    if _KEY.fullmatch(student):
+    if is_key(student):
         return of_artefact(artefact_of(student, store), steps)
     steps = FEW if steps is None else steps
     recipe = student_recipe(student, steps=steps, profile=profile, seed=seed)
@@ -95,11 +95,13 @@ def artefact_of(key: str, store: Store) -> Artefact:
     """Return the verified artefact of a key, from the cache or shipped.
 
     Raises:
-        BadInput: there is none.
+        BadInput: there is none, or it is damaged.
     """
+    why = "no artefact has this key; turbo-lab artifacts lists them"
     for root in (store.cache, *store.shipped):
         for path in root.glob(f"*/*-{key}"):
             name = f"{path.parent.name}/{path.name.removesuffix(f'-{key}')}"
+            why = f"{path} is damaged; remove it, and make it again"
             try:
                 spec = json.loads((path / "recipe.json").read_text("utf-8"))
                 found = store.find(name, spec) if key_of(spec) == key else None
@@ -107,7 +109,7 @@ def artefact_of(key: str, store: Store) -> Artefact:
                 continue
             if found is not None:
                 return found
-    raise BadInput("student", key, "no artefact has this key; turbo-lab artifacts lists them")
+    raise BadInput("student", key, why)
 
 
 def of_artefact(artefact: Artefact, steps: int | None = None) -> Delivery:

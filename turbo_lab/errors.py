@@ -28,5 +28,9 @@ class StoreError(TurboLabError, OSError):
     """The artefact store cannot read or write: read-only, full or damaged."""
 
 
+class StoreWarning(UserWarning):
+    """What the store found on disk and how it goes on: something damaged, or somebody else."""
+
+
 class NonFinite(TurboLabError, ArithmeticError):
     """A loss or a gradient stopped being a number during training."""

@@ -21,6 +21,7 @@ from turbo_lab.testbeds.qwen_files import DEFAULT_MODEL, SCALE, Bundle, dtype_on
 from turbo_lab.testbeds.qwen_pictures import assigned, check_pictures, file_hash, list_images
 from turbo_lab.testbeds.qwen_schedule import Schedule
 from turbo_lab.testbeds.qwen_sources import (
+    OTHER_TABLES,
     TABLES,
     Picture,
     Shards,
@@ -234,8 +235,11 @@ def _texts(prompts: Path | None, column: str, captions: tuple[str, ...]) -> tupl
         return captions
     if prompts is None:
         raise BadInput("prompts", None, "name a text file with one prompt per line, or a table")
-    if prompts.suffix in TABLES:
+    if prompts.suffix.lower() in TABLES:
         return read_column(prompts, column)
+    if prompts.suffix.lower() in OTHER_TABLES:
+        wanted = f"make it a {', '.join(TABLES)} file, or a text file with one prompt per line"
+        raise BadInput("prompts", str(prompts), wanted)
     if column:
         raise BadInput("column", column, f"{prompts.name} is no table of {', '.join(TABLES)}")
     return read_prompts(prompts)

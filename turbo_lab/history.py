@@ -7,11 +7,13 @@ with the run that was killed.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from turbo_lab.atomic import atomic_write_text
+from turbo_lab.errors import StoreWarning
 from turbo_lab.fit import Record
 
 HISTORY_EVERY = 20
@@ -23,8 +25,7 @@ class TrainingHistory:
 
     def __init__(self, path: Path, stage: int) -> None:
         self.path, self.stage = path, stage
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        self.kept: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+        self.kept: list[dict[str, Any]] = _lines(path)
         self.open: list[Record] = []
 
     def add(self, record: Record, *, last: bool) -> None:
@@ -40,6 +41,17 @@ class TrainingHistory:
     def text(self) -> str:
         """The lines so far."""
         return "".join(json.dumps(line) + "\n" for line in self.kept)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """What was written before; a damaged file is a history that is lost, and no training."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        return []
+    except ValueError:
+        warnings.warn(f"{path} is damaged; the history begins here.", StoreWarning, stacklevel=3)
+        return []
 
 
 def _mean(records: list[Record]) -> dict[str, Any]:

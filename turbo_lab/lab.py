@@ -22,7 +22,7 @@ from turbo_lab import dino
 from turbo_lab.adapters import AdapterSize, Host, Worn
 from turbo_lab.atomic import atomic_write_text, save_tensors
 from turbo_lab.cpu import tune_allocator
-from turbo_lab.errors import BadInput, MissingPiece
+from turbo_lab.errors import BadInput, MissingPiece, StoreWarning
 from turbo_lab.field import Field as VelocityField
 from turbo_lab.field import counted, frozen, guided
 from turbo_lab.fit import Record
@@ -141,7 +141,7 @@ class Lab:
         """Put the adapter of an artefact on a copy of the teacher's network, once.
 
         Warns:
-            UserWarning: it is shipped, and the teacher has been trained to other weights since.
+            StoreWarning: it is shipped, and the teacher has been trained to other weights since.
         """
         assert recipe.adapter is not None
         if not self.store.fits(artefact, on=self.artefact):
@@ -149,6 +149,7 @@ class Lab:
                 f"{artefact.name} was distilled from the shipped {self.artefact.name} and is worn"
                 f" on other weights, those of {self.artefact.path}; remove that folder, or train"
                 " the student on it with fresh.",
+                StoreWarning,
                 stacklevel=2,
             )
         return Student(

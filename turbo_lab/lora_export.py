@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,17 +166,25 @@ def _says(path: Path, text: str) -> bool:
 
 
 def check_out(out: Path, suffix: str) -> None:
-    """Refuse a file name that nothing can be written to.
+    """Refuse a file name that nothing can be written to, by writing beside it.
 
     Raises:
-        BadInput: another suffix, a folder, or a folder that does not exist.
+        BadInput: another suffix, a folder, or a folder that does not exist or is closed.
     """
     if out.suffix.lower() != suffix:
         raise BadInput("out", str(out), f"name a {suffix} file")
-    if out.is_dir():
-        raise BadInput("out", str(out), "it is a folder; name a file")
-    if not out.absolute().parent.is_dir():
-        raise BadInput("out", str(out), "its folder must exist")
+    try:
+        if out.is_dir():
+            raise BadInput("out", str(out), "it is a folder; name a file")
+        if not out.absolute().parent.is_dir():
+            raise BadInput("out", str(out), "its folder must exist")
+        with tempfile.TemporaryFile(dir=out.absolute().parent):
+            pass
+    except BadInput:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in a name
+        why = getattr(error, "strerror", None) or error
+        raise BadInput("out", str(out), f"nothing can be written there ({why})") from None
 
 
 def _cast(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:

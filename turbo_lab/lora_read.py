@@ -29,6 +29,8 @@ from turbo_lab.lora_names import (
 from turbo_lab.progress import progress
 
 MAX_RANK = 256
+MOST_SCALE = 1000.0
+"""Of alpha / rank; files of others have 0.1 to 4."""
 """The highest rank that `AdapterSize` allows."""
 
 
@@ -84,6 +86,10 @@ def read_lora(file: TensorFile, shapes: Shapes, base: str) -> Lora:
     known = peft_alpha(file)
     alphas = {path: _alpha(file, layer, known) for path, layer in layers.items()}
     scales = {path: alphas[path] / layer.rank for path, layer in layers.items()}
+    strongest = max(scales, key=lambda path: scales[path])
+    if scales[strongest] > MOST_SCALE:
+        said = f"alpha / rank is {scales[strongest]:g} in {strongest!r}"
+        raise refused(file, f"{said} and must be at most {MOST_SCALE:g}")
     rank, uniform = ranks[-1], len(set(scales.values())) == 1
     widest = next(path for path, layer in layers.items() if layer.rank == rank)
     alpha = alphas[widest] if uniform else float(rank)

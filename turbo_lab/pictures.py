@@ -12,7 +12,7 @@ from pathlib import Path
 import turbo_lab
 from turbo_lab.atomic import atomic_write_bytes
 from turbo_lab.delivery import FEW, Delivery, delivery, is_key
-from turbo_lab.errors import BadInput
+from turbo_lab.errors import BadInput, NonFinite
 from turbo_lab.figures import contact_sheet
 from turbo_lab.keys import key_of
 from turbo_lab.lab import Lab, Student, open_lab
@@ -121,6 +121,8 @@ def sample_images(order: Order, out: Path, *, device: str = "auto") -> None:
     who, sampling = _who(lab, order)
     tokens = caption_tokens(order.captions)
     images, _, _ = lab.draw_for(tokens, sampling, "sampling", who, first=order.first, batch=AT_ONCE)
+    if not bool(images.isfinite().all()):
+        raise NonFinite("What was drawn is not finite, so there is no picture; see the student.")
     sheet = contact_sheet(images, columns=order.columns, enlarge=ENLARGE)
     buffer = io.BytesIO()
     Image.fromarray(sheet).save(buffer, "PNG", pnginfo=_chunks(said(order, lab, sampling, who)))

@@ -53,8 +53,20 @@ def figure_dir(profile: str, out_dir: str = "") -> Path:
     """
     chosen = out_dir or os.environ.get("TURBO_LAB_FIGURES", "")
     if chosen:
-        return root() / Path(chosen).expanduser()
+        return root() / expanded(chosen, "out_dir" if out_dir else "TURBO_LAB_FIGURES")
     return root() / "figures" if profile == SHOWN_PROFILE else run_dir(profile) / "figures"
+
+
+def expanded(path: str | Path, name: str) -> Path:
+    """Return a path with ``~`` and ``~user`` replaced.
+
+    Raises:
+        BadInput: naming the parameter or variable: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise BadInput(name, str(path), "there is no such user's folder") from None
 
 
 def shown(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,10 @@ from turbo_lab.testbeds.qwen_image import Schedule
 
 TEACHER_STEPS, TEACHER_GUIDANCE = 50, 4.0
 """Of the model without adapters, as its authors use it."""
+
+
+MOST_WEIGHT = 100.0
+"""Of an adapter; it overflows beyond what anybody means."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,8 +239,9 @@ def checked_order(
     if weights and len(weights) != len(loras):
         raise BadInput("weight", list(weights), f"give one for each of {len(loras)} adapters")
     for weight in weights:
-        if not math.isfinite(weight):
-            raise BadInput("weight", weight, "use a finite number; 1 is as it was trained")
+        if not abs(weight) <= MOST_WEIGHT:
+            allowed = f"use a number from -{MOST_WEIGHT:g} to {MOST_WEIGHT:g}"
+            raise BadInput("weight", weight, f"{allowed}; 1 is as it was trained")
     scale = guidance_scale if guidance_scale is not None else (1.0 if loras else TEACHER_GUIDANCE)
     if not 1 <= scale <= 20:
         raise BadInput("guidance", scale, "use a number from 1 (none) to 20")
@@ -275,6 +279,9 @@ def _check_steps(steps: int | None) -> None:
 def _texts(prompts: Sequence[str], batch: int | None) -> tuple[str, ...]:
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise BadInput("prompt", "", "write what the pictures show")
+    for prompt in prompts:
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # what a shell passes on
+            raise BadInput("prompt", prompt, "write it in UTF-8")
     batch = len(prompts) if batch is None else batch
     if not 1 <= batch <= 1024 or batch % len(prompts):
         many = f"a multiple of the {len(prompts)} prompts, up to 1024"

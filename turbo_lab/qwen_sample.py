@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from turbo_lab.errors import MissingPiece
+from turbo_lab.errors import MissingPiece, NonFinite
 from turbo_lab.field import Field, frozen, guided
 from turbo_lab.memory import free_memory, gigabytes
 from turbo_lab.progress import progress
@@ -307,6 +307,7 @@ def drawn(order: Order, store: Store | None = None) -> Drawn:
 
     Raises:
         MissingPiece: see `opened`; the decoder's weights are asked for before anything is loaded.
+        NonFinite: the adapters, or their weights, overflow.
     """
     seconds: dict[str, float] = {}
     check_weights(order.bundle, ("vae",))
@@ -314,6 +315,8 @@ def drawn(order: Order, store: Store | None = None) -> Drawn:
         ready = opened(order, store)
     with _timed(seconds, "transformer", order.device):
         latents = ready.latents()
+    if not bool(latents.isfinite().all()):
+        raise NonFinite("What was drawn is not finite, so there is no picture; see the adapters.")
     guard = ready.guard
     del ready
     release()

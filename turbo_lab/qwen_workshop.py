@@ -18,6 +18,7 @@ from pathlib import Path
 from turbo_lab.errors import BadInput
 from turbo_lab.lab import chosen_device
 from turbo_lab.path import TerminalWarning
+from turbo_lab.places import expanded
 from turbo_lab.qwen_order import Order, checked_order
 from turbo_lab.qwen_plan import parsed_size
 from turbo_lab.qwen_sample import Drawn, drawn
@@ -115,7 +116,7 @@ def workshop(model: str = "", lora: str = "", *, size: str = "", device: str = "
     if model:
         shop = Workshop(
             model=model,
-            lora=Path(lora).expanduser(),
+            lora=expanded(lora, "lora"),
             size=size or REAL_SIZE,
             device=place,
             store=Store.default(),

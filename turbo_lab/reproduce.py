@@ -21,9 +21,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from turbo_lab import places, runner
 from turbo_lab.atomic import atomic_write_text, read_manifest
-from turbo_lab.errors import BadInput
+from turbo_lab.errors import BadInput, StoreError
+from turbo_lab.lab import chosen_device
 from turbo_lab.notebook_files import discover
 from turbo_lab.run_one import Outcome
 from turbo_lab.store import CACHE_VARIABLE, SHIPPED_VARIABLE, Store, atomic_folder
@@ -91,14 +94,46 @@ def reproduce(
         device: of trainings and samples.
 
     Returns:
-        How each notebook ended, and every claim of theirs beside the committed one.
+        How each notebook ended, and every claim of those that ended well beside the committed one.
 
     Raises:
         BadInput: another profile, or a name without a notebook.
+        MissingPiece: there is no such device.
+        StoreError: another process is reproducing this profile here.
     """
     if profile not in PROFILES:
         raise BadInput("profile", profile, f"use {' or '.join(PROFILES)}: others train nothing new")
     folder = places.run_dir("reproduce") / profile
+    with _alone(folder):
+        return _reproduced(folder, profile, only, kept, jobs, device)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder: a run removes its store, and may not do so under another."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise StoreError(
+            f"Another process is reproducing {folder.name} in {places.shown(folder)}; wait for it."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _reproduced(
+    folder: Path,
+    profile: str,
+    only: Sequence[str],
+    kept: Sequence[Path],
+    jobs: int,
+    device: str,
+) -> tuple[list[Outcome], list[Change]]:
+    """As `reproduce`, for the holder of the lock."""
     asked: dict[str, Any] = {
         "profile": profile,
         "only": only,
@@ -107,6 +142,7 @@ def reproduce(
         "cell_seconds": CELL_SECONDS,
     }
     runner.chosen(**asked)  # hours of training are not removed for a run that cannot start
+    chosen_device(device)
     ended = folder / "ended"
     before = [one.name for one in ended.iterdir()] if ended.is_dir() else []
     if any(name.startswith(tuple(only) or "") for name in before):
@@ -120,7 +156,7 @@ def reproduce(
         ended.mkdir(parents=True, exist_ok=True)
         for one in outcomes:
             atomic_write_text(ended / one.name, "")
-    names = {one.name for one in outcomes}
+    names = {one.name for one in outcomes if not one.problem}
     return outcomes, changes(_claims(places.root() / "figures"), _claims(folder / "figures"), names)
 
 

@@ -25,6 +25,7 @@ from turbo_lab.notebook_files import Notebook, cleaned, discover, read
 from turbo_lab.notebook_params import PROFILES, checked, plain_value
 from turbo_lab.run_one import Job, Outcome, Running, cell_count, cores, finish, left_out, start
 from turbo_lab.run_report import Report
+from turbo_lab.store import Store
 
 #: The most seconds one cell may take, by profile.
 CELL_SECONDS: Mapping[str, int] = {"smoke": 600, "quick": 3600, "paper": 24 * 3600}
@@ -96,8 +97,11 @@ def chosen(
     """
     if profile not in PROFILES:
         raise BadInput("profile", profile, "use one of " + ", ".join(map(repr, PROFILES)))
-    if jobs < 0 or cell_seconds < 0:
-        raise BadInput("jobs, cell_seconds", (jobs, cell_seconds), "use integers of at least 0")
+    if isinstance(only, str):
+        raise BadInput("only", only, "give a list of beginnings of names")
+    for name, value in (("jobs", jobs), ("cell_seconds", cell_seconds)):
+        if value < 0:
+            raise BadInput(name, value, "use an integer of at least 0")
     values = {key: plain_value(value) for key, value in (parameters or {}).items()}
     if values.setdefault("profile", profile) != profile:
         raise BadInput("profile", values["profile"], "give it once, as the profile of the run")
@@ -106,7 +110,17 @@ def chosen(
         raise MissingPiece(f"There are no notebooks in {folder or places.notebook_dir()}.")
     for notebook in notebooks:
         check_parameters(notebook, values)
+    _check_machine(values)
     return notebooks, values
+
+
+def _check_machine(values: Mapping[str, Any]) -> None:
+    """Refuse what this machine has not got, before a kernel finds out."""
+    Store.default()
+    if values.get("device") == "cuda":
+        from turbo_lab.lab import chosen_device
+
+        chosen_device("cuda")
 
 
 def refresh(only: Sequence[str] = (), jobs: int = 0) -> list[Outcome]:

@@ -71,4 +71,6 @@ def checked_sampling(values: Mapping[str, object]) -> Sampling:
         if isinstance(said := first.get("ctx", {}).get("error"), BadInput):
             raise said from None
         name = str(first["loc"][0])
-        raise BadInput(name, first["input"], allowed(Sampling.model_fields[name])) from None
+        field = Sampling.model_fields.get(name)
+        why = allowed(field) if field else f"choose of {', '.join(Sampling.model_fields)}"
+        raise BadInput(name, first["input"], why) from None

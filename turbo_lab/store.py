@@ -41,8 +41,9 @@ from turbo_lab.atomic import (
     sweep,
 )
 from turbo_lab.checkpoints import Checkpoints
-from turbo_lab.errors import BadInput, StoreError
+from turbo_lab.errors import BadInput, StoreError, StoreWarning
 from turbo_lab.keys import canonical, key_of
+from turbo_lab.places import expanded
 from turbo_lab.provenance import provenance
 
 if TYPE_CHECKING:
@@ -150,9 +151,13 @@ class Store:
         chosen = os.environ.get(CACHE_VARIABLE)
         cache = chosen or platformdirs.user_cache_dir("turbo-lab", appauthor=False)
         shipped = Path(str(resources.files("turbo_lab") / "artifacts"))
-        return Store(
-            cache=Path(cache).expanduser().absolute(), shipped=() if left_out else (shipped,)
-        )
+        folder = expanded(cache, CACHE_VARIABLE).absolute()
+        try:
+            folder.exists()  # a closed folder above it answers False, other things raise
+        except OSError as error:
+            why = f"no folder can be there ({error.strerror})"
+            raise BadInput(CACHE_VARIABLE, cache, why) from None
+        return Store(cache=folder, shipped=() if left_out else (shipped,))
 
     def find(self, name: str, spec: Mapping[str, Any]) -> Artefact | None:
         """Return the verified artefact of a spec, from the cache or shipped, or None.
@@ -380,4 +385,4 @@ def _acquired(lock: BaseFileLock, seconds: float) -> bool:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=3)
+    warnings.warn(text, StoreWarning, stacklevel=3)

@@ -18,6 +18,11 @@ def allowed(field: FieldInfo) -> str:
         for word in ("ge", "le")
         if getattr(mark, word, None) is not None
     }
+    pattern = next((p for m in field.metadata if (p := getattr(m, "pattern", None))), None)
+    if pattern is not None:
+        return f"use text of the form {pattern}"
+    if get_origin(kind) is tuple:
+        return "use a tuple of numbers"
     noun = {int: "an integer", float: "a number", bool: "True or False", str: "text"}[kind]
     if len(bounds) == 2:
         return f"use {noun} from {bounds['ge']} to {bounds['le']}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import get_args
 
 from turbo_lab.errors import BadInput
 from turbo_lab.recipes import adversarial, distribution, six_blocks, trajectory, turbo, warm
@@ -59,10 +60,11 @@ def student_recipe(family: str, *, steps: int, profile: Profile = "quick", seed:
     """Return the recipe of a family's student for a number of steps.
 
     Raises:
-        BadInput: unknown family, or one that has no student for so many steps.
+        BadInput: unknown family or profile, a negative seed, or no student for so many steps.
     """
     if family not in FAMILIES:
         raise BadInput("student", family, f"choose one of {', '.join(FAMILIES)}")
+    _check(profile, seed)
     return FAMILIES[family].recipe(steps, profile, seed)
 
 
@@ -88,8 +90,12 @@ def resolve(name: str, *, profile: Profile = "quick", seed: int = 0) -> Recipe:
     """
     if name not in RECIPES:
         raise BadInput("recipe", name, f"choose one of {', '.join(RECIPES)}")
-    if profile not in ("smoke", "quick", "paper"):
+    _check(profile, seed)
+    return RECIPES[name](profile, seed)
+
+
+def _check(profile: str, seed: int) -> None:
+    if profile not in get_args(Profile):
         raise BadInput("profile", profile, "choose smoke, quick or paper")
     if seed < 0:
         raise BadInput("seed", seed, "use an integer of at least 0")
-    return RECIPES[name](profile, seed)

@@ -19,6 +19,7 @@ from torch import nn
 
 from turbo_lab.errors import BadInput, MissingPiece
 from turbo_lab.memory import free_memory, gigabytes
+from turbo_lab.places import expanded
 from turbo_lab.progress import library_bars
 from turbo_lab.testbeds.qwen_schedule import schedule_from
 from turbo_lab.testbeds.qwen_weights import misfit
@@ -109,7 +110,7 @@ def located(model: str) -> Bundle:
         BadInput: it is another kind of pipeline.
         MissingPiece: neither a folder nor the hub has it.
     """
-    folder, commit = Path(model).expanduser(), None
+    folder, commit = expanded(model, "model"), None
     if not (folder / "model_index.json").is_file():
         if folder.exists() or not _HUB_ID.fullmatch(model):
             raise _nowhere(model, "no model_index.json there" if folder.exists() else "no folder")

@@ -13,6 +13,8 @@ from turbo_lab.errors import BadInput, MissingPiece
 
 IMAGES = (".jpeg", ".jpg", ".png", ".webp")
 TABLES = (".csv", ".jsonl", ".parquet")
+OTHER_TABLES = (".tsv", ".json", ".xls", ".xlsx", ".ods")
+"""Not read; as a text file of prompts each would give a list of something else."""
 COLUMN = "prompt"
 """Of a table, where none is named."""
 
@@ -145,7 +147,7 @@ def _utf8(path: Path, wanted: str) -> str:
 def _decoded(data: bytes, parameter: str, where: str, wanted: str) -> str:
     """UTF-8 as text; of another encoding, say where it shows first."""
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")  # some editors begin a file with a mark
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         place = f"byte {error.start} (0x{data[error.start]:02X}, on line {line})"
@@ -178,12 +180,12 @@ def read_column(table: Path, column: str = "") -> tuple[str, ...]:
 def _table(table: Path) -> Any:
     import pandas as pd
 
-    wanted = f"a {', '.join(TABLES)} file that can be read"
-    text = io.StringIO("" if table.suffix == ".parquet" else _utf8(table, wanted), newline="")
+    wanted, kind = f"a {', '.join(TABLES)} file that can be read", table.suffix.lower()
+    text = io.StringIO("" if kind == ".parquet" else _utf8(table, wanted), newline="")
     try:
-        if table.suffix == ".csv":
+        if kind == ".csv":
             return pd.read_csv(text, dtype=str, keep_default_na=False)
-        if table.suffix == ".jsonl":
+        if kind == ".jsonl":
             return pd.read_json(text, lines=True, dtype=False, convert_dates=False)
         return pd.read_parquet(table)
     except ImportError as error:
