@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from turbo_lab import doctor
 from turbo_lab.cli import app
-from turbo_lab.errors import StoreWarning, TurboLabError
+from turbo_lab.errors import BadInput, StoreWarning, TurboLabError
+from turbo_lab.notebook_params import checked
 from turbo_lab.store import Store
 
 
@@ -62,7 +63,6 @@ def test_help_names_every_command() -> None:
         (["figures", "-p", "seed=x"], "seed='x' is not allowed: use an integer of at least 0"),
         (["figures", "-p", "sede=1"], "did you mean seed?"),
         (["figures", "--jobs", "-1"], "jobs=-1 is not allowed: use an integer of at least 0"),
-        (["figures", "-p", "size=abc"], "use text of the form"),
         (["export", "lora", "0123456789ab", "--out", "x.safetensors", "--seed", "5"], "seed='5'"),
         (["train", "teacher", "--profile", "fast"], "profile='fast' is not allowed"),
         (["train", "teacher", "--seed", "-1"], "seed=-1 is not allowed"),
@@ -169,6 +169,11 @@ def test_qwen_image_is_planned_where_it_is_not(
 def test_usage_errors_end_with_2() -> None:
     assert CliRunner().invoke(app, ["figures", "--prfile", "quick"]).exit_code == 2
     assert CliRunner().invoke(app, ["paint"]).exit_code == 2
+
+
+def test_a_size_is_told_how_it_is_written() -> None:
+    with pytest.raises(BadInput, match="size='abc' is not allowed: write it as 1024 or 1024x768"):
+        checked("07_factory", {"size": "abc"})
 
 
 def test_a_variable_that_names_no_folder_is_one_sentence(

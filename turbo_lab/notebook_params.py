@@ -72,7 +72,9 @@ class Factory07(NotebookParams):
 
     model: str = ""
     lora: str = ""
-    size: Annotated[str, Field(pattern=r"^(\d+(x\d+)?)?$")] = ""
+    size: Annotated[
+        str, Field(pattern=r"^(\d+(x\d+)?)?$", description="it as 1024 or 1024x768")
+    ] = ""
 
 
 #: Notebooks with parameters of their own; the others take ``NotebookParams``.

@@ -18,9 +18,8 @@ def allowed(field: FieldInfo) -> str:
         for word in ("ge", "le")
         if getattr(mark, word, None) is not None
     }
-    pattern = next((p for m in field.metadata if (p := getattr(m, "pattern", None))), None)
-    if pattern is not None:
-        return f"use text of the form {pattern}"
+    if any(getattr(mark, "pattern", None) for mark in field.metadata):
+        return f"write {field.description}"  # a field with a pattern says it in words, too
     if get_origin(kind) is tuple:
         return "use a tuple of numbers"
     noun = {int: "an integer", float: "a number", bool: "True or False", str: "text"}[kind]
