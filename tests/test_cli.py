@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -184,6 +186,25 @@ def test_a_variable_that_names_no_folder_is_one_sentence(
         result = CliRunner().invoke(app, ["artifacts"])
         assert result.exit_code == 2 and why in result.stderr
         assert result.stderr.startswith("turbo-lab: TURBO_LAB_CACHE=")
+
+
+def test_a_cache_in_a_closed_folder_is_as_none_and_the_doctor_names_it(
+    empty: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = empty / "closed" / "cache"
+    monkeypatch.setenv("TURBO_LAB_CACHE", str(closed))
+    for method in ("exists", "is_dir"):
+        honest = getattr(Path, method)
+
+        def asked(path: Path, honest: Any = honest) -> bool:
+            if path.is_relative_to(closed):  # as for whom a folder above it may not be searched
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return bool(honest(path))
+
+        monkeypatch.setattr(Path, method, asked)
+    assert CliRunner().invoke(app, ["artifacts"]).exit_code == 0
+    result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "400"})
+    assert result.exit_code == 1 and "not writable (Permission denied)" in result.stdout
 
 
 def test_a_stopped_training_says_what_is_kept(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:

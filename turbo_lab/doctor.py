@@ -187,8 +187,8 @@ def _folders() -> list[Finding]:
 
 
 def _folder(name: str, folder: Path, otherwise: str) -> Finding:
-    parent = next(place for place in (folder, *folder.parents) if place.exists())
     try:
+        parent = next(place for place in (folder, *folder.parents) if place.exists())
         with tempfile.TemporaryFile(dir=parent):
             free = shutil.disk_usage(parent).free / _GIB
     except OSError as error:

@@ -143,7 +143,8 @@ class Store:
         """Return the store of this user: ``TURBO_LAB_CACHE`` or the platform's cache folder.
 
         Raises:
-            BadInput: ``TURBO_LAB_SHIPPED`` is set to something else than ``none``.
+            BadInput: ``TURBO_LAB_SHIPPED`` is set to something else than ``none``, or
+                ``TURBO_LAB_CACHE`` to what can be no folder.
         """
         left_out = os.environ.get(SHIPPED_VARIABLE, "")
         if left_out not in ("", "none"):
@@ -153,7 +154,9 @@ class Store:
         shipped = Path(str(resources.files("turbo_lab") / "artifacts"))
         folder = expanded(cache, CACHE_VARIABLE).absolute()
         try:
-            folder.exists()  # a closed folder above it answers False, other things raise
+            folder.exists()
+        except PermissionError:
+            pass  # who may not look into the cache has none
         except OSError as error:
             why = f"no folder can be there ({error.strerror})"
             raise BadInput(CACHE_VARIABLE, cache, why) from None
@@ -369,7 +372,11 @@ def _describe(folder: Path, spec: Mapping[str, Any], seconds: float) -> None:
 
 
 def _entries(kind: str, root: Path) -> Iterator[Entry]:
-    for path in root.glob("*/*") if root.is_dir() else ():
+    try:
+        paths = list(root.glob("*/*")) if root.is_dir() else []
+    except PermissionError:
+        return
+    for path in paths:
         match = _ENTRY.fullmatch(path.name)
         if match and path.parent.name not in _RESERVED and not path.name.startswith("."):
             size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
