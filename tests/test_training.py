@@ -271,12 +271,16 @@ def test_a_student_is_an_adapter_that_replays_and_leaves_its_teacher_alone(
     assert not torch.equal(before, plain)  # two stages did change something
 
 
+def beside(student: Recipe, name: str) -> Recipe:
+    """A recipe at smoke, for the teacher and with the adapter of a student."""
+    same = {"net": student.net, "teacher": student.teacher, "adapter": student.adapter}
+    return recipes.resolve(name, profile="smoke").model_copy(update=same)
+
+
 def test_students_resume_and_share_their_pairs(
     student: Recipe, tmp_path: Path, teachers: tuple[Path, ...]
 ) -> None:
-    whole = recipes.resolve("direct-2", profile="smoke")
-    same = {"net": student.net, "teacher": student.teacher, "adapter": student.adapter}
-    straight = whole.model_copy(update=same)
+    straight = beside(student, "direct-2")
     a, b = (Store(cache=tmp_path / name, shipped=teachers) for name in "ab")
     ended = training.trained(straight, store=a)
     trips: list[int] = []
@@ -293,8 +297,7 @@ def test_students_resume_and_share_their_pairs(
     resumed = training.trained(straight, store=b, watch=trip)
     assert all(torch.equal(resumed.tensors()[k], v) for k, v in ended.tensors().items())
     assert training.replay(straight, resumed, b) == training.recorded(resumed)
-    other = recipes.resolve("direct-1", profile="smoke").model_copy(update=same)
-    training.trained(other, store=a)
+    training.trained(beside(student, "direct-1"), store=a)
     assert len([e for e in a.entries() if e.name == training.PAIRS]) == 1
 
 
@@ -302,9 +305,7 @@ def test_pairs_are_the_teachers_samples_and_never_the_noise_that_is_measured(
     student: Recipe, tmp_path: Path, teachers: tuple[Path, ...]
 ) -> None:
     store = Store(cache=tmp_path, shipped=teachers)
-    whole = recipes.resolve("direct-1", profile="smoke")
-    same = {"net": student.net, "teacher": student.teacher, "adapter": student.adapter}
-    direct = whole.model_copy(update=same)
+    direct = beside(student, "direct-1")
     assert direct.teacher is not None
     base = training.trained(direct.teacher, store=store)
     batch = training.workbench(direct, store).batches(Draw(seed=0, step=1, total=4, start=1))
@@ -321,9 +322,7 @@ def test_pairs_of_a_teacher_trained_again_are_drawn_again(
     student: Recipe, tmp_path: Path, teachers: tuple[Path, ...]
 ) -> None:
     store = Store(cache=tmp_path, shipped=teachers)
-    whole = recipes.resolve("direct-1", profile="smoke")
-    same = {"net": student.net, "teacher": student.teacher, "adapter": student.adapter}
-    direct = whole.model_copy(update=same)
+    direct = beside(student, "direct-1")
     assert direct.teacher is not None
     base = training.trained(direct.teacher, store=store)
     draw = Draw(seed=0, step=0, total=2)

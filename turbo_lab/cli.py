@@ -15,7 +15,6 @@ from turbo_lab.cli_options import (
     DeviceOption,
     FreshOption,
     ProfileOption,
-    check_profile_and_seed,
     only_for,
     say,
 )
@@ -134,9 +133,8 @@ def export_lora(
 
     if delivery.is_key(student):
         only_for("a family of students", "a key", {"profile": profile, "seed": seed})
-    profile, seed = "quick" if profile is None else profile, seed or 0
-    check_profile_and_seed(profile, seed)
-    chosen = delivery.delivery(student, steps=steps, profile=cast("Profile", profile), seed=seed)
+    of = cast("Profile", "quick" if profile is None else profile)
+    chosen = delivery.delivery(student, steps=steps, profile=of, seed=seed or 0)
     done = lora_export.export_lora(chosen, out, format=format, dtype=dtype)
     typer.echo(f"{done.lora}\n{done.scheduler}\n{done.call}")
 

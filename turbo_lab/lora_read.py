@@ -30,7 +30,7 @@ from turbo_lab.progress import progress
 
 MAX_RANK = 256
 MOST_SCALE = 1000.0
-"""Of alpha / rank; files of others have 0.1 to 4."""
+"""Of alpha / rank; far above what anybody means, and far below what overflows."""
 """The highest rank that `AdapterSize` allows."""
 
 

@@ -235,7 +235,7 @@ def simulated(
 def _on_gpu(
     x: Tensor, scale_x: Tensor, w: Tensor, scale_w: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """By the GPU's fp8 units, which write bfloat16; fast sums, as for inference elsewhere."""
+    """By the GPU's fp8 units, which write bfloat16, in their fast mode (`use_fast_accum`)."""
     out: Tensor = torch._scaled_mm(
         x,
         w.t(),

@@ -26,7 +26,7 @@ TEACHER_STEPS, TEACHER_GUIDANCE = 50, 4.0
 
 
 MOST_WEIGHT = 100.0
-"""Of an adapter; it overflows beyond what anybody means."""
+"""Of an adapter, either way; far above what anybody means, and far below what overflows."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,6 @@ from filelock import FileLock, Timeout
 from turbo_lab import places, runner
 from turbo_lab.atomic import atomic_write_text, read_manifest
 from turbo_lab.errors import BadInput, StoreError
-from turbo_lab.lab import chosen_device
 from turbo_lab.notebook_files import discover
 from turbo_lab.run_one import Outcome
 from turbo_lab.store import CACHE_VARIABLE, SHIPPED_VARIABLE, Store, atomic_folder
@@ -142,7 +141,6 @@ def _reproduced(
         "cell_seconds": CELL_SECONDS,
     }
     runner.chosen(**asked)  # hours of training are not removed for a run that cannot start
-    chosen_device(device)
     ended = folder / "ended"
     before = [one.name for one in ended.iterdir()] if ended.is_dir() else []
     if any(name.startswith(tuple(only) or "") for name in before):

@@ -16,7 +16,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -243,12 +243,11 @@ class Store:
     def _is_shipped(self, artefact: Artefact) -> bool:
         return any(artefact.path.is_relative_to(root) for root in self.shipped)
 
-    def ship(self, artefact: Artefact, *, without: Collection[str] = ()) -> Path:
+    def ship(self, artefact: Artefact) -> Path:
         """Copy a verified artefact into the shipped folder of a source checkout.
 
         Args:
             artefact: from the cache.
-            without: names of files that stay behind.
 
         Raises:
             StoreError: the package is installed, not a checkout, or cannot be written.
@@ -260,7 +259,7 @@ class Store:
             return target
         files = read_folder(artefact.path)
         with atomic_folder(target, replace=True) as folder:
-            for name in files.keys() - set(without):
+            for name in files:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(files[name], folder / name)
         read_folder(target)

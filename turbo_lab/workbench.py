@@ -153,8 +153,7 @@ def _adapter_bench(
         student.load_state_dict(weights)
     average = host.copy(student, "average")
     plain = frozen(host.bare)
-    scale = 1.0 if stage.guidance_scale is None else stage.guidance_scale
-    guide = guided(plain, null_tokens(1), scale)
+    guide = guided(plain, null_tokens(1), stage.guidance)
     apart = {CRITIC} if stage.gan else set()
     rivals = {
         name: _rival(name, recipe, host, student, device)

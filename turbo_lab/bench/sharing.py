@@ -89,8 +89,7 @@ def as_copies(case: Recipe, store: Store, batch: Batch, device: str) -> Step:
     artefact = store.find(case.teacher.artefact, case.teacher.spec())
     assert artefact is not None
     student, fake, net = (load_net(case.teacher, artefact).to(device) for _ in range(3))
-    scale = 1.0 if stage.guidance_scale is None else stage.guidance_scale
-    teacher = guided(frozen(net), null_tokens(1), scale)
+    teacher = guided(frozen(net), null_tokens(1), stage.guidance)
     method = METHODS[stage.method](student=student, fake=fake, teacher=teacher, **stage.options)
     return begun(case, method, batch, networks=(student, fake, net))
 

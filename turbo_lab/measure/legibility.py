@@ -172,9 +172,10 @@ def _count(strength: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _third(match: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Whether the best plate one digit to the side of the best plate is one, too ``[B]``.
+    """Whether there is a plate one digit to the left or right of the best one, too ``[B]``.
 
-    `_count` takes both for one plate: fresh signs have echoes of themselves there.
+    `_count` takes both for one: fresh signs have weaker echoes of themselves there. ``match`` is
+    ``[B, 26, 24]``, 0 where a plate is not opaque; ``x`` and ``y`` are the best one's corner.
     """
     row = match[torch.arange(len(y)), y]
     beside = pad(row, (DIGIT, DIGIT))

@@ -140,9 +140,12 @@ def chroma_w1(samples: Tensor, reference: Tensor) -> float:
 
 
 def chroma_cdf(images: Tensor) -> Tensor:
-    """Cumulative histogram of each image's pixel chroma ``[B, bins]``.
+    """Cumulative histogram of each image's pixel chroma ``[B, CHROMA_BINS]``, rising to 1.
 
     The mean difference of two of them is their `chroma_w1`, to the width of a bin.
+
+    Args:
+        images: ``[B, 3, 32, 32]`` in [-1, 1].
     """
     pixels = chroma(images).flatten(1).clamp(0, 1)
     rows = torch.stack([torch.histc(row, CHROMA_BINS, 0.0, 1.0) for row in pixels])
