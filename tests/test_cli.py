@@ -176,6 +176,16 @@ def test_usage_errors_end_with_2() -> None:
 def test_a_size_is_told_how_it_is_written() -> None:
     with pytest.raises(BadInput, match="size='abc' is not allowed: write it as 1024 or 1024x768"):
         checked("07_factory", {"size": "abc"})
+    with pytest.raises(BadInput, match="height=63 is not allowed"):
+        checked("07_factory", {"size": "63"})
+
+
+def test_a_model_without_an_adapter_is_refused_before_a_kernel_starts() -> None:
+    for given, missing in (({"model": "a/b"}, "lora"), ({"lora": "x.safetensors"}, "model")):
+        with pytest.raises(BadInput, match=f"{missing}='' is not allowed"):
+            checked("07_factory", given)
+    with pytest.raises(BadInput, match=r"nowhere\.safetensors"):
+        checked("07_factory", {"model": "a/b", "lora": "nowhere.safetensors"})
 
 
 def test_a_variable_that_names_no_folder_is_one_sentence(

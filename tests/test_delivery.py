@@ -68,13 +68,13 @@ def test_an_import_is_an_artefact_that_can_be_exported_again(
     again = delivery(artefact.key, store=world.store)
     assert again.times == (1.0, 0.5) and again.eta == 0 and again.size == SIZE
     assert again.recipe == "warm-second-0.5"
-    export_lora(again, tmp_path / "x.safetensors", format="comfyui")
+    export_lora(again, str(tmp_path / "x.safetensors"), format="comfyui")  # paths may be text
     first, second = load_file(source), load_file(tmp_path / "x.safetensors")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
-    write_ours(found, tmp_path / "ours.safetensors")
+    write_ours(found, str(tmp_path / "ours.safetensors"))
     assert load_file(tmp_path / "ours.safetensors").keys() == artefact.tensors().keys()
-    mine = incoming(tmp_path / "ours.safetensors", testbed="postcards")
+    mine = incoming(str(tmp_path / "ours.safetensors"), testbed="postcards")
     assert mine.lora.size == SIZE and mine.times == (1.0, 0.5)
     text = described(mine)
     for said in ("PEFT", "alpha 6 at rank 3", "float16", "2 at sigmas 1, 0.5, Euler"):

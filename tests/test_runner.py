@@ -95,6 +95,16 @@ def test_wrong_choices_are_refused_before_anything_starts(checkout: Path) -> Non
     assert not started(checkout)
 
 
+def test_a_folder_that_figures_cannot_be_written_to_is_refused_before_anything_starts(
+    checkout: Path,
+) -> None:
+    write(checkout, "01_a", "1 + 1")
+    (checkout / "note").write_text("a file")
+    with pytest.raises(BadInput, match=r"out_dir='note/x' is not allowed: figures cannot be"):
+        runner.run(profile="smoke", parameters={"out_dir": "note/x"})
+    assert not started(checkout)
+
+
 def test_a_declaration_nobody_understands_is_refused(checkout: Path) -> None:
     write(checkout, "01_a", "1 + 1", figure=["steps"])
     with pytest.raises(BadInput, match=r"metadata\.turbo_lab\.figure.*01_a"):
@@ -248,8 +258,9 @@ def test_a_killed_run_takes_its_kernels_with_it_and_can_be_repeated(checkout: Pa
 def test_a_folder_that_cannot_be_written_is_named(checkout: Path) -> None:
     write(checkout, "01_a", "1 + 1")
     (checkout / "runs").touch()  # a file where the folder should be
-    with pytest.raises(StoreError, match="cannot be written"):
-        runner.run(profile="smoke")
+    for profile in ("smoke", "quick"):  # figures are in there, or copies only
+        with pytest.raises(StoreError, match="cannot be written"):
+            runner.run(profile=profile)
 
 
 def test_figures_of_other_profiles_stay_away_from_the_shown_ones(checkout: Path) -> None:

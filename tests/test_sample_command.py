@@ -212,5 +212,5 @@ def test_a_picture_is_written_whole_or_not_at_all(
 
     monkeypatch.setattr(Lab, "draw_for", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        sample_images(checked_order(captions=[ONE]), out)
+        sample_images(checked_order(captions=[ONE]), str(out))
     assert out.read_bytes() == b"before"

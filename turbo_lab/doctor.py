@@ -8,7 +8,6 @@ import importlib.util
 import os
 import platform
 import shutil
-import tempfile
 import threading
 import time
 import urllib.error
@@ -187,13 +186,11 @@ def _folders() -> list[Finding]:
 
 
 def _folder(name: str, folder: Path, otherwise: str) -> Finding:
-    try:
-        parent = next(place for place in (folder, *folder.parents) if place.exists())
-        with tempfile.TemporaryFile(dir=parent):
-            free = shutil.disk_usage(parent).free / _GIB
-    except OSError as error:
-        note = f"not writable ({error.strerror}): {otherwise}"
+    if why := places.closed(folder):
+        note = f"not writable ({why}): {otherwise}"
         return Finding(name=name, value=str(folder), note=note, broken=True)
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    free = shutil.disk_usage(there).free / _GIB
     note = f"{free:.0f} GiB free" if free >= 2 else f"only {free:.1f} GiB free"
     return Finding(name=name, value=str(folder), note=note)
 

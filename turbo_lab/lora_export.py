@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from turbo_lab.atomic import atomic_file, atomic_write_text, save_tensors
 from turbo_lab.delivery import Delivery
 from turbo_lab.errors import BadInput, NonFinite
 from turbo_lab.lora_names import ALPHA, COMFYUI, OURS, PEFT_KEY, SCHEMES, renamed
+from turbo_lab.places import closed
 from turbo_lab.stock_times import settings_for, stock_config
 
 SCHEDULER_FILE = "scheduler_config.json"
@@ -46,7 +46,7 @@ class Exported:
 
 
 def export_lora(
-    student: Delivery, out: Path, *, format: str = "diffusers", dtype: str = "stored"
+    student: Delivery, out: str | Path, *, format: str = "diffusers", dtype: str = "stored"
 ) -> Exported:
     """Write a student as LoRA file, and ``scheduler_config.json`` beside it.
 
@@ -61,7 +61,7 @@ def export_lora(
         NonFinite: a value is too large for the dtype.
         StoreError: the folder cannot be written in.
     """
-    check_out(out, ".safetensors")
+    out = check_out(out, ".safetensors")
     if format not in SCHEMES:
         raise BadInput("format", format, f"choose one of {', '.join(SCHEMES)}")
     if dtype not in DTYPES:
@@ -165,26 +165,28 @@ def _says(path: Path, text: str) -> bool:
         return False
 
 
-def check_out(out: Path, suffix: str) -> None:
-    """Refuse a file name that nothing can be written to, by writing beside it.
+def check_out(out: str | Path, suffix: str) -> Path:
+    """Return a file name as path, or refuse one that nothing can be written to.
 
     Raises:
         BadInput: another suffix, a folder, or a folder that does not exist or is closed.
     """
+    out = Path(out)
     if out.suffix.lower() != suffix:
         raise BadInput("out", str(out), f"name a {suffix} file")
     try:
-        if out.is_dir():
+        folder, parent = out.is_dir(), out.absolute().parent.is_dir()
+    except OSError as error:
+        why = error.strerror
+    else:
+        if folder:
             raise BadInput("out", str(out), "it is a folder; name a file")
-        if not out.absolute().parent.is_dir():
+        if not parent:
             raise BadInput("out", str(out), "its folder must exist")
-        with tempfile.TemporaryFile(dir=out.absolute().parent):
-            pass
-    except BadInput:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in a name
-        why = getattr(error, "strerror", None) or error
-        raise BadInput("out", str(out), f"nothing can be written there ({why})") from None
+        why = closed(out.absolute().parent)
+    if why:
+        raise BadInput("out", str(out), f"nothing can be written there ({why})")
+    return out
 
 
 def _cast(key: str, value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -83,12 +83,13 @@ class TensorFile:
         return torch.frombuffer(read, dtype=slot.dtype).reshape(slot.shape)
 
 
-def opened(path: Path) -> TensorFile:
+def opened(path: str | Path) -> TensorFile:
     """Read and check the header of a safetensors file; no tensor is read.
 
     Raises:
         BadInput: it is no file, no safetensors, or its header says what cannot be; in one sentence.
     """
+    path = Path(path)
     head, size = _head(path)
     length = int.from_bytes(head[:8], "little")
     _check_kind(path, head, size, length)

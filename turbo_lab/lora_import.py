@@ -57,7 +57,7 @@ class Incoming:
     known: str
 
 
-def incoming(path: Path, *, testbed: str = "qwen_image", model: str = "") -> Incoming:
+def incoming(path: str | Path, *, testbed: str = "qwen_image", model: str = "") -> Incoming:
     """Read a LoRA file and check it against a testbed's transformer; nothing is written.
 
     Args:
@@ -79,7 +79,7 @@ def incoming(path: Path, *, testbed: str = "qwen_image", model: str = "") -> Inc
         lora=lora,
         testbed=testbed,
         base=base,
-        recipe=said if _PLAIN.fullmatch(said) else _slug(path),
+        recipe=said if _PLAIN.fullmatch(said) else _slug(file.path),
         times=times,
         eta=1.0 if lora.file.metadata.get("eta") == "1" else 0.0,
         known=known,
@@ -110,14 +110,14 @@ def kept(found: Incoming, store: Store | None = None) -> Artefact:
     return store.get_or_make(name, spec, partial(_fill, found))
 
 
-def write_ours(found: Incoming, out: Path) -> None:
+def write_ours(found: Incoming, out: str | Path) -> None:
     """Write a LoRA with the key names of this package to a file.
 
     Raises:
         BadInput: the file cannot have this name.
         StoreError: the folder cannot be written in.
     """
-    check_out(out, ".safetensors")
+    out = check_out(out, ".safetensors")
     times = {"sigmas": json.dumps(found.times)} if found.times else {}
     metadata = {"format": "pt", "recipe": found.recipe, "eta": f"{found.eta:g}", **times}
     write_lora(out, found.lora.tensors, {**metadata, **peft_settings(found.lora.size)})

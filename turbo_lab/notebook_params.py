@@ -29,6 +29,14 @@ class NotebookParams(BaseModel):
     fresh: bool = False
     out_dir: str = ""
 
+    def check(self) -> None:
+        """Refuse what no field alone shows.
+
+        Raises:
+            BadInput: values that do not go together.
+            MissingPiece: what they name is nowhere.
+        """
+
 
 class Teacher01(NotebookParams):
     """Parameters of ``01_teacher``; ``captions=0`` means as many as the profile says."""
@@ -76,6 +84,13 @@ class Factory07(NotebookParams):
         str, Field(pattern=r"^(\d+(x\d+)?)?$", description="it as 1024 or 1024x768")
     ] = ""
 
+    def check(self) -> None:
+        """Refuse a model without an adapter or the reverse, and what cannot be drawn with them."""
+        if self.model or self.lora or self.size:
+            from turbo_lab.qwen_workshop import check_workshop
+
+            check_workshop(self.model, self.lora, size=self.size, device=self.device)
+
 
 #: Notebooks with parameters of their own; the others take ``NotebookParams``.
 NOTEBOOKS: dict[str, type[NotebookParams]] = {
@@ -118,10 +133,14 @@ def checked(name: str, values: Mapping[str, Any]) -> NotebookParams:
     """Check named values, typed as Python has them; what is not named keeps its default.
 
     Raises:
-        BadInput: a name the notebook does not know, or a value of the wrong type or range.
+        BadInput: a name the notebook does not know, a value of the wrong type or range, or values
+            that do not go together.
+        MissingPiece: what they name is nowhere.
     """
     plain = {key: plain_value(value) for key, value in values.items()}
-    return _said(name, plain, lambda model: model.model_validate(plain, strict=True))
+    params = _said(name, plain, lambda model: model.model_validate(plain, strict=True))
+    params.check()
+    return params
 
 
 def parsed(name: str, texts: Mapping[str, str]) -> dict[str, Any]:

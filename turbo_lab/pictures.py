@@ -106,7 +106,7 @@ def checked_order(
     )
 
 
-def sample_images(order: Order, out: Path, *, device: str = "auto") -> None:
+def sample_images(order: Order, out: str | Path, *, device: str = "auto") -> None:
     """Draw the pictures of an order and write them as one PNG, eight times enlarged.
 
     Its text chunks say prompt, recipe, key, seed, steps and sigmas, so that it can be drawn again.
@@ -116,7 +116,7 @@ def sample_images(order: Order, out: Path, *, device: str = "auto") -> None:
     """
     from PIL import Image
 
-    check_out(out, ".png")
+    out = check_out(out, ".png")
     lab = open_lab(device=device, teacher=_teacher(order))
     who, sampling = _who(lab, order)
     tokens = caption_tokens(order.captions)

@@ -7,6 +7,7 @@ tests use it, so that they never overwrite the real ones).
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 from turbo_lab.errors import BadInput
@@ -67,6 +68,16 @@ def expanded(path: str | Path, name: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise BadInput(name, str(path), "there is no such user's folder") from None
+
+
+def closed(folder: Path) -> str:
+    """Return why nothing can be written in a folder, or in what is there of it; empty if it can."""
+    try:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        with tempfile.TemporaryFile(dir=there):
+            return ""
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in a name
+        return str(getattr(error, "strerror", None) or error)
 
 
 def shown(path: Path) -> str:

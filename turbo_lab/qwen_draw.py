@@ -26,10 +26,10 @@ COMPRESSION = 1
 
 def draw(
     prompts: Sequence[str],
-    out: Path,
+    out: str | Path,
     *,
     model: str = "",
-    loras: Sequence[Path] = (),
+    loras: Sequence[str | Path] = (),
     weights: Sequence[float] = (),
     schedule: str = "",
     steps: int | None = None,
@@ -63,7 +63,7 @@ def draw(
         BadInput: a value is not allowed.
         MissingPiece: weights, memory or a GPU are missing.
     """
-    check_out(out, ".png")
+    out = check_out(out, ".png")
     width, height = parsed_size(size or "1024x1024")
     order = checked_order(
         prompts=prompts,

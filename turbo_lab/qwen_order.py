@@ -197,7 +197,7 @@ def checked_order(
     *,
     prompts: Sequence[str],
     model: str = DEFAULT_MODEL,
-    loras: Sequence[Path] = (),
+    loras: Sequence[str | Path] = (),
     weights: Sequence[float] = (),
     schedule: str = "",
     steps: int | None = None,

@@ -53,7 +53,8 @@ def run(
     Raises:
         BadInput: a wrong profile, name, parameter or job count, or artefacts that need each other;
             raised before any kernel starts.
-        MissingPiece: there are no notebooks.
+        MissingPiece: there are no notebooks, or what a parameter names is nowhere.
+        StoreError: a folder of ours cannot be written.
     """
     notebooks, values = chosen(
         profile=profile,
@@ -93,7 +94,8 @@ def chosen(
 
     Raises:
         BadInput: a wrong profile, name, parameter or job count.
-        MissingPiece: there are no notebooks.
+        MissingPiece: there are no notebooks, or what a parameter names is nowhere.
+        StoreError: a folder of ours cannot be written.
     """
     if profile not in PROFILES:
         raise BadInput("profile", profile, "use one of " + ", ".join(map(repr, PROFILES)))
@@ -110,13 +112,19 @@ def chosen(
         raise MissingPiece(f"There are no notebooks in {folder or places.notebook_dir()}.")
     for notebook in notebooks:
         check_parameters(notebook, values)
-    _check_machine(values)
+    _check_machine(profile, values)
     return notebooks, values
 
 
-def _check_machine(values: Mapping[str, Any]) -> None:
+def _check_machine(profile: str, values: Mapping[str, Any]) -> None:
     """Refuse what this machine has not got, before a kernel finds out."""
     Store.default()
+    out_dir = values.get("out_dir", "")
+    folder = places.figure_dir(profile, out_dir)
+    if why := places.closed(folder):
+        if out_dir:
+            raise BadInput("out_dir", out_dir, f"figures cannot be written to {folder} ({why})")
+        raise StoreError(f"{folder} cannot be written: {why}.")
     if values.get("device") == "cuda":
         from turbo_lab.lab import chosen_device
 
