@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import tiny_qwen
 from typer.testing import CliRunner
 
-from turbo_lab import doctor
+from turbo_lab import doctor, runner
 from turbo_lab.cli import app
 from turbo_lab.errors import BadInput, StoreWarning, TurboLabError
 from turbo_lab.notebook_params import checked
@@ -176,16 +177,17 @@ def test_usage_errors_end_with_2() -> None:
 def test_a_size_is_told_how_it_is_written() -> None:
     with pytest.raises(BadInput, match="size='abc' is not allowed: write it as 1024 or 1024x768"):
         checked("07_factory", {"size": "abc"})
+
+
+def test_what_notebook_07_cannot_draw_is_refused_before_a_kernel_starts() -> None:
+    asked = partial(runner.chosen, profile="smoke", only=["07"])
     with pytest.raises(BadInput, match="height=63 is not allowed"):
-        checked("07_factory", {"size": "63"})
-
-
-def test_a_model_without_an_adapter_is_refused_before_a_kernel_starts() -> None:
+        asked(parameters={"size": "63"})
     for given, missing in (({"model": "a/b"}, "lora"), ({"lora": "x.safetensors"}, "model")):
         with pytest.raises(BadInput, match=f"{missing}='' is not allowed"):
-            checked("07_factory", given)
+            asked(parameters=given)
     with pytest.raises(BadInput, match=r"nowhere\.safetensors"):
-        checked("07_factory", {"model": "a/b", "lora": "nowhere.safetensors"})
+        asked(parameters={"model": "a/b", "lora": "nowhere.safetensors"})
 
 
 def test_a_variable_that_names_no_folder_is_one_sentence(

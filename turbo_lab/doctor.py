@@ -189,8 +189,7 @@ def _folder(name: str, folder: Path, otherwise: str) -> Finding:
     if why := places.closed(folder):
         note = f"not writable ({why}): {otherwise}"
         return Finding(name=name, value=str(folder), note=note, broken=True)
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    free = shutil.disk_usage(there).free / _GIB
+    free = shutil.disk_usage(places.nearest(folder)).free / _GIB
     note = f"{free:.0f} GiB free" if free >= 2 else f"only {free:.1f} GiB free"
     return Finding(name=name, value=str(folder), note=note)
 

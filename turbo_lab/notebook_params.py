@@ -30,7 +30,7 @@ class NotebookParams(BaseModel):
     out_dir: str = ""
 
     def check(self) -> None:
-        """Refuse what no field alone shows.
+        """Refuse what no field alone shows, before a kernel starts; the notebook does so itself.
 
         Raises:
             BadInput: values that do not go together.
@@ -86,7 +86,7 @@ class Factory07(NotebookParams):
 
     def check(self) -> None:
         """Refuse a model without an adapter or the reverse, and what cannot be drawn with them."""
-        if self.model or self.lora or self.size:
+        if self.model or self.lora or self.size:  # else nothing that takes seconds to import
             from turbo_lab.qwen_workshop import check_workshop
 
             check_workshop(self.model, self.lora, size=self.size, device=self.device)
@@ -133,14 +133,10 @@ def checked(name: str, values: Mapping[str, Any]) -> NotebookParams:
     """Check named values, typed as Python has them; what is not named keeps its default.
 
     Raises:
-        BadInput: a name the notebook does not know, a value of the wrong type or range, or values
-            that do not go together.
-        MissingPiece: what they name is nowhere.
+        BadInput: a name the notebook does not know, or a value of the wrong type or range.
     """
     plain = {key: plain_value(value) for key, value in values.items()}
-    params = _said(name, plain, lambda model: model.model_validate(plain, strict=True))
-    params.check()
-    return params
+    return _said(name, plain, lambda model: model.model_validate(plain, strict=True))
 
 
 def parsed(name: str, texts: Mapping[str, str]) -> dict[str, Any]:

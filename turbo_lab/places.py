@@ -70,14 +70,21 @@ def expanded(path: str | Path, name: str) -> Path:
         raise BadInput(name, str(path), "there is no such user's folder") from None
 
 
+def nearest(folder: Path) -> Path:
+    """Return a folder, or of those above it the first that exists."""
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+
 def closed(folder: Path) -> str:
-    """Return why nothing can be written in a folder, or in what is there of it; empty if it can."""
+    """Return why nothing can be written in a folder, or in the nearest above it; empty if it can.
+
+    It is tried: a file without a name is opened there.
+    """
     try:
-        there = next(place for place in (folder, *folder.parents) if place.exists())
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=nearest(folder)):
             return ""
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in a name
-        return str(getattr(error, "strerror", None) or error)
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def shown(path: Path) -> str:

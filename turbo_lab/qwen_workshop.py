@@ -109,34 +109,31 @@ def workshop(model: str = "", lora: str = "", *, size: str = "", device: str = "
         BadInput: one of model and lora is given without the other, or a size is none.
         MissingPiece: the model is nowhere, or CUDA is missing.
     """
-    named = _named(model, lora, size, device)
-    if named is not None:
-        return named
-    shop = _tiny(size or TINY_SIZE, chosen_device(device))
-    _try(shop)
-    return shop
+    check_workshop(model, lora, size=size, device=device)
+    if model:
+        return _named(model, lora, size, device)
+    return _tiny(size or TINY_SIZE, chosen_device(device))
 
 
 def check_workshop(model: str, lora: str, *, size: str = "", device: str = "auto") -> None:
-    """Refuse what `workshop` would, without building a tiny pipeline.
+    """Refuse what `workshop` would, whose arguments these are; nothing is built or loaded.
 
     Raises:
         BadInput: as `workshop`.
         MissingPiece: as `workshop`.
     """
-    if size:
-        parsed_size(size)
-    _named(model, lora, size, device)
-
-
-def _named(model: str, lora: str, size: str, device: str) -> Workshop | None:
-    """A model that is named, checked; None where neither model nor adapter is."""
     if bool(model) != bool(lora):
         name, other = ("lora", "model") if model else ("model", "lora")
         raise BadInput(name, "", f"{other} is given: give both, or neither for the tiny pipeline")
-    if not model:
-        return None
-    shop = Workshop(
+    if model:
+        _named(model, lora, size, device).order(["a cat"], adapter=True)
+    else:
+        parsed_size(size or TINY_SIZE)
+        chosen_device(device)
+
+
+def _named(model: str, lora: str, size: str, device: str) -> Workshop:
+    return Workshop(
         model=model,
         lora=expanded(lora, "lora"),
         size=size or REAL_SIZE,
@@ -144,13 +141,6 @@ def _named(model: str, lora: str, size: str, device: str) -> Workshop | None:
         store=Store.default(),
         tiny=False,
     )
-    _try(shop)
-    return shop
-
-
-def _try(shop: Workshop) -> None:
-    """Refuse what cannot be drawn, before anything is loaded."""
-    shop.order(["a cat"], adapter=True)
 
 
 def _tiny(size: str, device: str) -> Workshop:

@@ -155,10 +155,11 @@ def check_parameters(notebook: Notebook, values: Mapping[str, Any]) -> None:
 
     Raises:
         BadInput: the name is neither in the model nor in the parameters cell, or a wrong value.
+        MissingPiece: what a value names is nowhere.
     """
     import papermill
 
-    checked(notebook.name, values)
+    checked(notebook.name, values).check()
     path = str(notebook.path).replace("{", "{{").replace("}", "}}")
     defined = papermill.inspect_notebook(path)
     for key in values:
