@@ -123,6 +123,12 @@ def test_a_run_without_its_device_or_beside_another_removes_nothing(
     reproduce.reproduce(only=["01"])  # once the other has ended
 
 
+def test_where_nothing_can_be_written_one_sentence_says_so(checkout: Path) -> None:
+    (checkout / "runs").write_text("a file where the folder should be")
+    with pytest.raises(StoreError, match="reproduce cannot be written: "):
+        reproduce.reproduce(only=["01"])
+
+
 def test_claims_of_a_notebook_that_failed_are_not_called_changed(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,7 +98,7 @@ def reproduce(
     Raises:
         BadInput: another profile, or a name without a notebook.
         MissingPiece: there is no such device.
-        StoreError: another process is reproducing this profile here.
+        StoreError: another process is reproducing this profile here, or nothing can be written.
     """
     if profile not in PROFILES:
         raise BadInput("profile", profile, f"use {' or '.join(PROFILES)}: others train nothing new")
@@ -110,14 +110,16 @@ def reproduce(
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder: a run removes its store, and may not do so under another."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(f"{folder.name}.lock"))
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise StoreError(
             f"Another process is reproducing {folder.name} in {places.shown(folder)}; wait for it."
         ) from None
+    except OSError as error:
+        raise StoreError(f"{folder.parent} cannot be written: {error.strerror}.") from None
     try:
         yield
     finally:
