@@ -239,12 +239,28 @@ def test_only_profiles_that_train_are_taken_and_the_variable_is_checked(
         Store.default()
 
 
-def test_the_hours_are_those_of_the_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hours_are_those_of_stages_once_each_and_of_cards_where_no_history_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shipped = Store(cache=tmp_path / "shipped")
-    for name, seconds in (("plane", 5400), ("tilted", 1800)):
-        made = shipped.get_or_make(f"points/{name}", {"kind": name}, lambda folder: None)
-        (made.path / "card.json").write_text(json.dumps({"seconds": seconds}))
     store = Store(cache=tmp_path / "cache", shipped=(shipped.cache,))
     monkeypatch.setattr(Store, "default", lambda: store)
-    assert reproduce.core_hours() == 2
-    assert reproduce.core_hours(reproduce.kept_as_shipped(["points/plane"])) == 0.5
+    made = shipped.get_or_make("points/plane", {"kind": "plane"}, lambda folder: None)
+    (made.path / "card.json").write_text(json.dumps({"seconds": 5400}))
+    late, early = resolve("teacher"), resolve(EARLY)
+    for teacher in (late, early):  # the later one goes on from the early one's last stage
+        lines = [
+            {"stage": depth, "step": step, "seconds": seconds}
+            for depth, stage in enumerate(teacher.stages, start=1)
+            for step, seconds in ((20, 3.0), (stage.steps, 0.5))
+        ]
+        made = shipped.get_or_make(teacher.artefact, teacher.spec(), lambda folder: None)
+        (made.path / "history.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    kept = [made.path]  # the early one
+    seconds = [20 * 3.0 + (stage.steps - 20) * 0.5 for stage in late.stages]
+    new = seconds[len(early.stages) :]
+    assert 0 < len(new) < len(seconds)
+    assert reproduce.training_hours() == pytest.approx(1.5 + sum(seconds) / 3600)
+    assert reproduce.training_hours(kept) == pytest.approx(1.5 + sum(new) / 3600)
+    plane = reproduce.kept_as_shipped(["points/plane"])
+    assert reproduce.training_hours(plane) == pytest.approx(sum(seconds) / 3600)

@@ -230,10 +230,8 @@ def reproduce(
     from turbo_lab import reproduce as again
 
     kept = again.kept_as_shipped(keep or [], alone=alone, only=only or [])
-    hours = again.core_hours(kept)
-    typer.echo(
-        f"What is not kept took {hours:.1f} hours of one core or more; a killed run goes on."
-    )
+    hours = again.training_hours(kept)
+    typer.echo(f"What is not kept took {hours:.1f} hours to train; a killed run goes on.")
     outcomes, found = again.reproduce(
         profile=profile, only=only or [], kept=kept, jobs=jobs, device=device
     )

@@ -26,7 +26,9 @@ from filelock import FileLock, Timeout
 from turbo_lab import places, runner
 from turbo_lab.atomic import atomic_write_text, read_manifest
 from turbo_lab.errors import BadInput, StoreError
+from turbo_lab.keys import key_of
 from turbo_lab.notebook_files import discover
+from turbo_lab.recipes import Recipe
 from turbo_lab.run_one import Outcome
 from turbo_lab.store import CACHE_VARIABLE, SHIPPED_VARIABLE, Store, atomic_folder
 
@@ -249,7 +251,7 @@ def retrained(profile: str = "quick") -> list[Retrained]:
 
 def _weights(old: Path, new: Path) -> Iterator[Retrained]:
     """The files of weights that two folders of one artefact both have."""
-    cards = [_card(folder) for folder in (old, new)]
+    cards = [_json(folder / "card.json") for folder in (old, new)]
     if cards[0] == cards[1]:
         return
     before, after = (_processor(card["machine"]) for card in cards)
@@ -265,16 +267,43 @@ def _weights(old: Path, new: Path) -> Iterator[Retrained]:
             )
 
 
-def core_hours(kept: Sequence[Path] = ()) -> float:
-    """Hours of one core that the shipped trainings took, of all notebooks, less what is kept.
+def training_hours(kept: Sequence[Path] = ()) -> float:
+    """Hours that the shipped trainings took, of all notebooks, less those of what is kept.
 
-    Cards know the last sitting alone: a training that was broken off took longer.
+    A stage counts once, however many go on from it. Histories know all sittings; where there is
+    none the card does, of the last.
 
     Args:
         kept: folders of shipped artefacts.
     """
-    left = (folder for folder, _ in _folders() if folder not in kept)
-    return sum(_card(folder)["seconds"] for folder in left) / 3600
+    seconds: dict[str, float] = {}
+    for folder, _ in _folders():
+        seconds |= _stages(folder)
+    done = {stage for folder in kept for stage in _stages(folder)}
+    return sum(taken for stage, taken in seconds.items() if stage not in done) / 3600
+
+
+def _stages(folder: Path) -> dict[str, float]:
+    """Seconds of every stage that led to an artefact, by all that decides its outcome."""
+    history = folder / "history.jsonl"
+    if not history.exists():
+        return {str(folder): _json(folder / "card.json")["seconds"]}
+    seconds: dict[int, float] = {}
+    done: dict[int, int] = {}
+    for line in map(json.loads, history.read_text("utf-8").splitlines()):
+        stage, step = line["stage"], line["step"]
+        steps = step - done.get(stage, 0)
+        seconds[stage] = seconds.get(stage, 0.0) + line["seconds"] * steps
+        done[stage] = step
+    spec = _json(folder / "recipe.json")
+    if "stages" not in spec:
+        return {str(folder): sum(seconds.values())}
+    found: dict[str, float] = {}
+    recipe: Recipe | None = Recipe.model_validate(spec)
+    while recipe is not None:
+        found[key_of(recipe.spec())] = seconds.get(recipe.depth, 0.0)
+        recipe = recipe.before
+    return found
 
 
 def report(found: Sequence[Change], weights: Sequence[Retrained] = ()) -> str:
@@ -298,9 +327,9 @@ def _claims(figures: Path) -> list[Mapping[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
-def _card(folder: Path) -> dict[str, Any]:
-    card: dict[str, Any] = json.loads((folder / "card.json").read_text("utf-8"))
-    return card
+def _json(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return found
 
 
 def _processor(machine: Mapping[str, Any]) -> str:
