@@ -231,7 +231,9 @@ def reproduce(
 
     kept = again.kept_as_shipped(keep or [], alone=alone, only=only or [])
     hours = again.training_hours(kept)
-    typer.echo(f"What is not kept took {hours:.1f} hours to train; a killed run goes on.")
+    typer.echo(
+        f"All that is not kept took {hours:.1f} hours to train; a run that was killed goes on."
+    )
     outcomes, found = again.reproduce(
         profile=profile, only=only or [], kept=kept, jobs=jobs, device=device
     )
