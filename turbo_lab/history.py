@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ class TrainingHistory:
 
     def __init__(self, path: Path, stage: int) -> None:
         self.path, self.stage = path, stage
-        self.kept: list[dict[str, Any]] = _lines(path)
+        self.kept: list[dict[str, Any]] = read_lines(path)
         self.open: list[Record] = []
 
     def add(self, record: Record, *, last: bool) -> None:
@@ -43,8 +43,27 @@ class TrainingHistory:
         return "".join(json.dumps(line) + "\n" for line in self.kept)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """What was written before; a damaged file is a history that is lost, and no training."""
+def seconds_by_stage(lines: Iterable[Mapping[str, Any]]) -> dict[int, float]:
+    """Seconds that training took, all sittings; a line is the mean since the line before.
+
+    Args:
+        lines: of all stages, each stage's in order.
+    """
+    seconds: dict[int, float] = {}
+    done: dict[int, int] = {}
+    for line in lines:
+        stage, step = line["stage"], line["step"]
+        new = line["seconds"] * (step - done.get(stage, 0))
+        seconds[stage] = seconds.get(stage, 0.0) + new
+        done[stage] = step
+    return seconds
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What was written before, none if there is no file.
+
+    A damaged file is a history that is lost, and no training: it warns (`StoreWarning`).
+    """
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:

@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from turbo_lab import places, runner
 from turbo_lab.atomic import atomic_write_text, read_manifest
 from turbo_lab.errors import BadInput, StoreError
+from turbo_lab.history import read_lines, seconds_by_stage
 from turbo_lab.keys import key_of
 from turbo_lab.notebook_files import discover
 from turbo_lab.recipes import Recipe
@@ -285,16 +286,9 @@ def training_hours(kept: Sequence[Path] = ()) -> float:
 
 def _stages(folder: Path) -> dict[str, float]:
     """Seconds of every stage that led to an artefact, by all that decides its outcome."""
-    history = folder / "history.jsonl"
-    if not history.exists():
+    seconds = seconds_by_stage(read_lines(folder / "history.jsonl"))
+    if not seconds:
         return {str(folder): _json(folder / "card.json")["seconds"]}
-    seconds: dict[int, float] = {}
-    done: dict[int, int] = {}
-    for line in map(json.loads, history.read_text("utf-8").splitlines()):
-        stage, step = line["stage"], line["step"]
-        steps = step - done.get(stage, 0)
-        seconds[stage] = seconds.get(stage, 0.0) + line["seconds"] * steps
-        done[stage] = step
     spec = _json(folder / "recipe.json")
     if "stages" not in spec:
         return {str(folder): sum(seconds.values())}

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pandas as pd
 
 from turbo_lab import claims as cl
+from turbo_lab.history import seconds_by_stage
 from turbo_lab.progress import progress
 from turbo_lab.recipes import FAMILIES, Stage
 from turbo_lab.recipes.distribution import calls_per_round
@@ -172,10 +173,5 @@ def training_cost(comparison: Comparison) -> pd.DataFrame:
 
 
 def seconds(artefact: Artefact) -> float:
-    """Of training, all stages; a line of the history is the mean since the line before."""
-    total, stage, step = 0.0, 0, 0
-    for line in history(artefact):
-        step = step if line["stage"] == stage else 0
-        total += line["seconds"] * (line["step"] - step)
-        stage, step = line["stage"], line["step"]
-    return total
+    """Of training, all stages."""
+    return sum(seconds_by_stage(history(artefact)).values())
